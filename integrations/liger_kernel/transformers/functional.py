@@ -1,0 +1,126 @@
+"""Upstream's functional names and argument order over liger_core."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liger_core import cross_entropy, geglu, layer_norm, linear_cross_entropy, rms_norm, swiglu
+from liger_core.ops.cross_entropy import Reduction
+from liger_core.ops.rms_norm import Casting
+from liger_kernel.transformers.rope import liger_rotary_pos_emb as liger_rope
+
+__all__ = [
+    "liger_cross_entropy",
+    "liger_fused_linear_cross_entropy",
+    "liger_geglu",
+    "liger_layer_norm",
+    "liger_rms_norm",
+    "liger_rope",
+    "liger_swiglu",
+]
+
+
+def refuse(**options: Any) -> None:
+    """Options that upstream has and this version has not: an error if one is set, never ignored."""
+    if named := [
+        name for name, value in options.items() if value is not None and value is not False
+    ]:
+        raise ValueError(
+            f"{', '.join(named)} is not supported in this version; leave it out, "
+            f"or compute the loss from logits with torch.nn.functional.cross_entropy"
+        )
+
+
+def liger_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+) -> Tensor:
+    """`F.cross_entropy` in its argument order; see `liger_core.cross_entropy`.
+
+    Args:
+        input: (N, V) logits. target: (N,) labels. lse_square_scale: z-loss weight.
+        weight, size_average, reduce, return_*: refused.
+    """
+    refuse(
+        weight=weight, size_average=size_average, reduce=reduce, return_z_loss=return_z_loss,
+        return_token_accuracy=return_token_accuracy,
+        return_predicted_tokens=return_predicted_tokens,
+    )  # fmt: skip
+    return cross_entropy(
+        input, target, ignore_index=ignore_index, reduction=reduction,
+        label_smoothing=label_smoothing, z_loss=lse_square_scale, softcap=softcap,
+    )  # fmt: skip
+
+
+def liger_fused_linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ce_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    lse_square_scale: float = 0.0,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    accum_dtype: torch.dtype | None = None,
+    use_token_scaling: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+) -> Tensor:
+    """Cross entropy of `input @ weight.T + bias`; see `liger_core.linear_cross_entropy`.
+
+    Args:
+        input: (N, H) hidden states. weight: (V, H). target: (N,) labels. bias: (V,).
+        ce_weight, use_token_scaling, return_*: refused.
+    """
+    refuse(
+        ce_weight=ce_weight, return_z_loss=return_z_loss, use_token_scaling=use_token_scaling,
+        return_token_accuracy=return_token_accuracy,
+        return_predicted_tokens=return_predicted_tokens,
+    )  # fmt: skip
+    return linear_cross_entropy(
+        input, weight, target, bias, ignore_index=ignore_index, reduction=reduction,
+        label_smoothing=label_smoothing, z_loss=lse_square_scale, softcap=softcap,
+        accum_dtype=accum_dtype,
+    )  # fmt: skip
+
+
+def liger_rms_norm(
+    X: Tensor,
+    W: Tensor,
+    eps: float,
+    offset: float = 0.0,
+    casting_mode: Casting = "llama",
+    in_place: bool = True,
+) -> Tensor:
+    """`liger_core.rms_norm`; `in_place` has no effect, X and its gradient are never written to."""
+    return rms_norm(X, W, eps, offset=offset, casting=casting_mode)
+
+
+def liger_layer_norm(X: Tensor, W: Tensor, B: Tensor | None, eps: float) -> Tensor:
+    """`liger_core.layer_norm`."""
+    return layer_norm(X, W, B, eps)
+
+
+def liger_swiglu(a: Tensor, b: Tensor) -> Tensor:
+    """silu(a) * b."""
+    return swiglu(a, b)
+
+
+def liger_geglu(a: Tensor, b: Tensor) -> Tensor:
+    """gelu(a) * b, tanh form."""
+    return geglu(a, b)

@@ -1,0 +1,1 @@
+"""One op a file: equation, reference, kernels, launchers, autograd, public function."""

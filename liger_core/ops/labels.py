@@ -1,0 +1,55 @@
+"""Which labels count: read once, early, so that no later step has to wait for the device.
+
+A GEMM cannot take its row count from the device. `LabelScan` starts the copy of that count to the
+host when the labels are first seen; by the time a head needs it, it has usually arrived.
+"""
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+class LabelScan:
+    """The number of scored and of impossible labels among `y`, and the rows of the scored ones.
+
+    Args:
+        y: integer labels of any shape; row m is element m of `y.flatten()`.
+        V: labels must lie in [0, V) or equal `ignore_index`.
+        ignore_index: the label that is not scored.
+
+    Raises:
+        ValueError: `y` is not an integer tensor; from `rows` and `count`, a label out of range.
+    """
+
+    def __init__(self, y: Tensor, V: int, ignore_index: int = IGNORE_INDEX) -> None:
+        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+            raise ValueError(f"labels must be integers, got {y.dtype}; use labels.long()")
+        self.y, self.V, self.ignore_index = y.flatten(), V, ignore_index
+        self.scored = self.y != ignore_index
+        bad = self.scored & ((self.y < 0) | (self.y >= V))
+        self._counts = torch.stack((self.scored.sum(), bad.sum())).to("cpu", non_blocking=True)
+        self._copied = None
+        if y.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(y.device))
+
+    def count(self) -> int:
+        """How many labels are scored. Waits for the copy that the constructor started."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
+        n, bad = self._counts.tolist()
+        if bad:
+            where = (self.scored & ((self.y < 0) | (self.y >= self.V))).nonzero()[0, 0]
+            raise ValueError(
+                f"labels must lie in [0, {self.V}) or be ignore_index={self.ignore_index}, "
+                f"got {int(self.y[where])} at position {int(where)} ({bad} such labels); "
+                f"check that the tokenizer and the head have one vocabulary"
+            )
+        return n
+
+    def rows(self) -> Tensor | None:
+        """(n,) int64 rows of the scored labels in order; None where all are scored."""
+        n = self.count()
+        return None if n == self.y.numel() else torch.nonzero_static(self.scored, size=n)[:, 0]

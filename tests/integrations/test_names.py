@@ -1,0 +1,203 @@
+"""Upstream's names, as users and frameworks type them."""
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+import liger_kernel.transformers as lk
+from liger_kernel.transformers import functional, monkey_patch
+from liger_kernel.transformers.patch import ACTIVATIONS
+from tiny import V, assert_same, build, step
+
+llama = lk.apply_liger_kernel_to_llama
+
+
+@pytest.fixture(autouse=True)
+def nothing_global_is_left():
+    before = vars(LlamaForCausalLM)["__init__"]
+    yield
+    for patch in list(monkey_patch.CLASS_PATCHES.values()):
+        patch.revert()
+    assert vars(LlamaForCausalLM)["__init__"] is before
+
+
+def test_every_name_in_all_exists() -> None:
+    assert all(getattr(lk, name) is not None for name in lk.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'LigerNothing'"):
+        lk.LigerNothing  # noqa: B018
+
+
+def test_the_auto_class_takes_a_path(tmp_path: Any) -> None:
+    plain = build()
+    plain.save_pretrained(tmp_path)
+    model = lk.AutoLigerKernelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert_same(step(model.train()), step(plain))
+    lean = lk.AutoLigerKernelForCausalLM.from_pretrained(tmp_path, rope=False, swiglu=False)
+    patch = lk.patch_of(lean)
+    assert patch is not None and not patch.config.rope and not patch.config.mlp
+    assert lk.patch_of(AutoModelForCausalLM.from_pretrained(tmp_path)) is None
+
+
+def test_the_auto_class_loads_what_it_cannot_patch(caplog: Any) -> None:
+    config = AutoConfig.for_model(
+        "gpt2", vocab_size=V, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2
+    )
+    model = lk.AutoLigerKernelForCausalLM.from_config(config)
+    assert lk.patch_of(model) is None
+    assert "no recipe for model type 'gpt2'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "flags, width",
+    [
+        ({}, 0),
+        (
+            dict(rope=True, swiglu=True, cross_entropy=True, fused_linear_cross_entropy=False,
+                 rms_norm=True),
+            V,
+        ),
+        (dict(rope=None, rms_norm=None, swiglu=None), 0),
+    ],
+)  # fmt: skip
+def test_apply_before_building_a_model(flags: dict[str, Any], width: int) -> None:
+    want = step(build())
+    patch = llama(**flags)
+    model = build()
+    assert_same(step(model), want, width)
+    patch.revert()
+    assert lk.patch_of(build()) is None and lk.patch_of(model) is not None
+
+
+def test_apply_before_from_pretrained(tmp_path: Any) -> None:
+    build().save_pretrained(tmp_path)
+    with llama():
+        model = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert_same(step(model.train()), step(build()))
+
+
+def test_apply_to_one_model() -> None:
+    model, other = build(), build()
+    llama(model=model, swiglu=False)
+    assert "glu[silu]" not in str(lk.patch_of(model)) and lk.patch_of(other) is None
+
+
+def test_a_second_call_replaces_the_first() -> None:
+    first = llama()
+    assert llama() is first
+    llama(rope=False)
+    patch = lk.patch_of(build())
+    assert patch is not None and not patch.config.rope
+
+
+def test_both_cross_entropies_are_refused() -> None:
+    with pytest.raises(ValueError, match="cannot both be true"):
+        llama(cross_entropy=True, fused_linear_cross_entropy=True)
+
+
+def test_the_signature_is_explicit() -> None:
+    """LLaMA-Factory passes every name of the signature; nothing may hide behind **kwargs."""
+    assert list(inspect.signature(llama).parameters) == [
+        "rope", "cross_entropy", "fused_linear_cross_entropy", "rms_norm", "swiglu", "model"
+    ]  # fmt: skip
+
+
+def test_the_first_patch_of_an_instance_stays(caplog: Any) -> None:
+    model = build()
+    first = lk.apply(model, dict(rope=False))
+    lk._apply_liger_kernel_to_instance(model=model)
+    assert lk.patch_of(model) is first and "already patched" in caplog.text
+
+
+def test_unknown_model_types_are_logged(caplog: Any) -> None:
+    caplog.set_level("INFO")
+    lk._apply_liger_kernel("mamba")
+    lk._apply_liger_kernel_to_instance(model=nn.Linear(2, 2))
+    assert "'mamba', nothing is patched" in caplog.text and "type None" in caplog.text
+
+
+def test_the_fused_loss_as_users_type_it() -> None:
+    linear = nn.Linear(128, 256)
+    input, target = torch.randn(4, 128), torch.randint(256, (4,))
+    lk.LigerFusedLinearCrossEntropyLoss()(linear.weight, input, target).backward()
+    got, linear.weight.grad = linear.weight.grad, None
+    F.cross_entropy(input @ linear.weight.T, target).backward()
+    torch.testing.assert_close(got, linear.weight.grad)
+
+
+def test_losses_equal_torchs() -> None:
+    torch.manual_seed(0)
+    z, y = torch.randn(5, V), torch.tensor([1, 2, -1, 4, 5])
+    x, w, b = torch.randn(5, 8), torch.randn(V, 8), torch.randn(V)
+    kw = dict(ignore_index=-1, label_smoothing=0.0, reduction="sum")
+    want = F.cross_entropy(z, y, **kw)
+    torch.testing.assert_close(lk.LigerCrossEntropyLoss(**kw)(z, y), want)
+    torch.testing.assert_close(functional.liger_cross_entropy(z, y, **kw), want)
+    want = F.cross_entropy(F.linear(x, w, b), y, **kw)
+    fused = lk.LigerFusedLinearCrossEntropyLoss(**kw)(w, x, y, b)
+    torch.testing.assert_close(fused, want)
+
+
+@pytest.mark.parametrize(
+    "option", ["return_z_loss", "return_token_accuracy", "return_predicted_tokens"]
+)
+def test_options_that_are_not_there_are_refused(option: str) -> None:
+    for loss in (lk.LigerCrossEntropyLoss, lk.LigerFusedLinearCrossEntropyLoss):
+        with pytest.raises(ValueError, match=f"{option} is not supported"):
+            loss(**{option: True})
+    with pytest.raises(ValueError, match="weight is not supported"):
+        functional.liger_cross_entropy(torch.randn(2, 3), torch.zeros(2).long(), torch.ones(3))
+
+
+def test_norms() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 16)
+    for affine in (True, False):
+        norm = lk.LigerRMSNorm(16, eps=0.1, elementwise_affine=affine)
+        torch.testing.assert_close(norm(x), F.rms_norm(x, (16,), eps=0.1))
+        assert bool(list(norm.parameters())) == affine
+    gemma = lk.LigerRMSNorm(16, 0.1, 1.0, "gemma", "zeros")
+    torch.testing.assert_close(gemma(x), F.rms_norm(x, (16,), eps=0.1))
+    layer = lk.LigerLayerNorm(16, eps=0.1, bias=True)
+    nn.init.normal_(layer.bias)
+    torch.testing.assert_close(layer(x), F.layer_norm(x, (16,), layer.weight, layer.bias, 0.1))
+    with pytest.raises(ValueError, match="casting_mode must be"):
+        lk.LigerRMSNorm(16, casting_mode="none")
+    for cls in (lk.LigerRMSNorm, lk.LigerLayerNorm):
+        with pytest.raises(ValueError, match="init_fn must be"):
+            cls(16, init_fn="normal")
+
+
+@pytest.mark.parametrize("unsqueeze_dim", [1, 2])
+def test_rotary(unsqueeze_dim: int) -> None:
+    torch.manual_seed(0)
+    shape = (2, 4, 5, 8) if unsqueeze_dim == 1 else (2, 5, 4, 8)
+    q, k, cos, sin = torch.randn(shape), torch.randn(shape), *torch.randn(2, 2, 5, 8)
+    modeling = transformers.models.llama.modeling_llama
+    want = modeling.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+    got = lk.liger_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+    torch.testing.assert_close(got, want)
+    with pytest.raises(ValueError, match="unsqueeze_dim must be 1 or 2"):
+        lk.liger_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=3)
+
+
+@pytest.mark.parametrize(
+    "cls, act", [(lk.LigerSwiGLUMLP, "silu"), (lk.LigerGEGLUMLP, "gelu_pytorch_tanh")]
+)
+def test_mlps_take_the_models_weights(cls: Any, act: str) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    config = SimpleNamespace(hidden_size=8, intermediate_size=12, hidden_act=act, mlp_bias=False)
+    theirs, ours = LlamaMLP(config), cls(config)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert set(cls.names) <= {*ACTIVATIONS, "gelu_new"}
+    with pytest.raises(ValueError, match="names 'relu'"):
+        cls(SimpleNamespace(hidden_size=8, intermediate_size=12, hidden_act="relu"))

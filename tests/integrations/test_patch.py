@@ -1,0 +1,263 @@
+"""Patching one model: equal numbers, nothing left behind, nothing shared with its copies."""
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+import transformers.models.llama.modeling_llama as modeling
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+import liger_kernel.transformers.patch as patching
+from liger_kernel import LigerConfig
+from liger_kernel.transformers import apply, patch_of
+from tiny import V, assert_same, batch, build, step
+
+KINDS = {"LlamaAttention", "LlamaMLP", "LlamaRMSNorm", "Linear"}
+OFF = dict(rope=False, norm=False, mlp=False, fused_head=False)
+
+
+def state(model: nn.Module) -> list[Any]:
+    return [
+        (set(vars(m)), set(m._forward_pre_hooks), set(m._forward_hooks)) for m in model.modules()
+    ]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh", "gelu"])
+def test_loss_and_gradients_are_the_models_own(tied: bool, act: str) -> None:
+    model = build(tie_word_embeddings=tied, hidden_act=act, mlp_bias=True)
+    want = step(model)
+    patch = apply(model)
+    assert {c.before for c in patch.changes} == KINDS and not patch.left
+    assert_same(step(model), want)
+
+
+@pytest.mark.parametrize("part", OFF)
+def test_each_part_is_replaced_alone_and_is_called(part: str, monkeypatch: Any) -> None:
+    """The replaced op runs: with the op broken, so is the step."""
+    model = build()
+    want = step(model)
+    patch = apply(model, OFF | {part: True})
+    assert len({c.after for c in patch.changes}) == 1
+    assert_same(step(model), want, width=0 if part == "fused_head" else V)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(patching, "rms_norm", broken)
+    monkeypatch.setattr(patching, "glu", broken)
+    monkeypatch.setattr("liger_kernel.transformers.rope.rope", broken)
+    monkeypatch.setattr("liger_kernel.transformers.head.linear_cross_entropy", broken)
+    with pytest.raises(ZeroDivisionError):
+        step(model)
+
+
+def test_revert_leaves_no_trace() -> None:
+    model, own = build(), dict(vars(modeling))
+    want, before = step(model), state(model)
+    with apply(model) as patch:
+        step(model)
+        assert state(model) != before
+    assert state(model) == before and not patch.changes and patch_of(model) is None
+    got = step(model)
+    assert torch.equal(got[0].loss, want[0].loss) and got[0].logits.shape[-1] == V
+    assert vars(modeling) == own, "the modeling file's own names were touched"
+
+
+def test_a_sibling_is_untouched() -> None:
+    model, sibling = build(), build()
+    before = state(sibling)
+    apply(model)
+    assert state(sibling) == before and step(sibling)[0].logits.shape[-1] == V
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_is_whole_and_apart(clone: Callable[[nn.Module], Any]) -> None:
+    model = build()
+    want = step(model)
+    apply(model)
+    twin = clone(model)
+    assert_same(step(twin), want)
+    twin.lm_head.weight.data.zero_()
+    assert step(twin)[0].loss.item() == pytest.approx(math.log(V))
+    assert_same(step(model), want)
+    twin_patch = patch_of(twin)
+    assert twin_patch is not None and twin_patch.model is twin
+    twin_patch.revert()
+    assert step(twin)[0].logits.shape[-1] == V
+    assert_same(step(model), want)
+
+
+def test_applying_twice() -> None:
+    model = build()
+    patch = apply(model, dict(rope=False))
+    assert apply(model, dict(rope=False)) is patch
+    with pytest.raises(ValueError, match=r"already patched with LigerConfig.*revert"):
+        apply(model)
+    patch.revert()
+    assert apply(model) is not patch
+
+
+@pytest.mark.parametrize(
+    "auto, head", [(AutoModel, "no language-model head"), (AutoModelForSequenceClassification, "")]
+)
+def test_models_without_a_language_model_head(auto: Any, head: str) -> None:
+    model = build(auto)
+    patch = apply(model)
+    assert head in patch.left["fused_head"] and "left as it is" in str(patch)
+    assert {c.before for c in patch.changes} == KINDS - {"Linear"}
+    with pytest.raises(ValueError, match="fused_head cannot be patched"):
+        apply(build(auto), dict(strict=True))
+
+
+def test_the_report_says_what_changed() -> None:
+    text = str(apply(build()))
+    assert "LlamaRMSNorm x5 -> rms_norm" in text and "Linear x1 -> fused linear" in text
+
+
+def test_an_unknown_activation_is_left_and_said(monkeypatch: Any) -> None:
+    model = build(hidden_act="relu")
+    want = step(model)
+    patch = apply(model)
+    assert "relu" in patch.left["mlp"]
+    assert_same(step(model), want)
+
+
+def test_a_model_type_without_a_recipe() -> None:
+    model = build()
+    model.config.model_type = "mamba"
+    with pytest.raises(ValueError, match=r"no recipe for model type 'mamba' .*known: llama"):
+        apply(model)
+    with pytest.raises(ValueError, match="no recipe for model type None"):
+        apply(nn.Linear(2, 2))
+
+
+def test_a_recipe_that_matches_nothing_is_an_error() -> None:
+    model = build()
+    model.model.layers, model.model.norm = nn.ModuleList(), nn.Identity()
+    with pytest.raises(ValueError, match="'llama' recipe matches nothing in LlamaForCausalLM"):
+        apply(model)
+    assert patch_of(model) is None
+
+
+def test_a_forward_that_is_replaced_already_is_refused_whole() -> None:
+    model = build()
+    model.model.norm.forward = model.model.norm.forward
+    before = state(model)
+    with pytest.raises(RuntimeError, match="LlamaRMSNorm's forward is already replaced"):
+        apply(model)
+    assert state(model) == before
+
+
+def test_kill_switches(monkeypatch: Any) -> None:
+    model = build()
+    monkeypatch.setenv("LIGER_DISABLE", "1")
+    before = state(model)
+    assert "LIGER_DISABLE is set" in str(apply(model)) and state(model) == before
+    monkeypatch.delenv("LIGER_DISABLE")
+    monkeypatch.setenv("LIGER_IMPL", "torch")
+    assert apply(model).config.impl == "torch"
+
+
+def test_triton_without_a_gpu_is_refused_at_once(monkeypatch: Any) -> None:
+    import triton
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(ValueError, match=r"impl='triton' needs a GPU.*use impl='auto'"):
+        apply(build(), dict(impl="triton"))
+
+
+def test_compiles_whole_and_once() -> None:
+    model = build()
+    want = step(model, num_items_in_batch=torch.tensor(9))
+    apply(model)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for total in range(9, 16):
+        got = step(compiled, num_items_in_batch=torch.tensor(total))
+        if total == 9:
+            assert_same(got, want)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    model = build()
+    want = step(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    apply(model)
+    assert_same(step(model), want)
+
+
+def test_generate_after_training() -> None:
+    model, plain = build(), build()
+    apply(model)
+    step(model)
+    ids = batch()[0]
+    new = [
+        m.eval().generate(ids, attention_mask=ids > 0, max_new_tokens=5, do_sample=False)
+        for m in (model, plain)
+    ]
+    assert torch.equal(*new)
+
+
+def test_save_and_load(tmp_path: Any) -> None:
+    model = build()
+    names = set(model.state_dict())
+    apply(model)
+    assert set(model.state_dict()) == names
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, attn_implementation="eager").train()
+    assert_same(step(again), step(build()), width=V)
+
+
+@pytest.mark.parametrize("saved", [None, ["lm_head"]])
+@pytest.mark.parametrize("first", ["peft", "patch"])
+def test_peft(saved: list[str] | None, first: str) -> None:
+    def wrap(model: nn.Module) -> Any:
+        torch.manual_seed(1)
+        config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, r=4,
+                            modules_to_save=saved, task_type="CAUSAL_LM")  # fmt: skip
+        return get_peft_model(model, config).train()  # pyright: ignore
+
+    want = step(wrap(build()))
+    model = build()
+    if first == "patch":
+        apply(model)
+    model = wrap(model)
+    apply(model)
+    assert patch_of(model) is not None
+    assert_same(step(model), want)
+
+
+def test_lora_on_the_head_is_left_to_the_model() -> None:
+    config = LoraConfig(target_modules=["lm_head"], init_lora_weights=False, r=4)
+    model = get_peft_model(build(), config).train()
+    want = step(model)
+    patch = apply(model)
+    assert "more than a matrix product" in patch.left["fused_head"]
+    assert_same(step(model), want, width=V)
+
+
+def test_a_head_wrapped_later_is_said() -> None:
+    model = build()
+    apply(model)
+    want = step(build())
+    model.lm_head = nn.Sequential(model.lm_head)
+    with pytest.warns(UserWarning, match="full logits are made"):
+        got = step(model)
+    torch.testing.assert_close(got[0].loss, want[0].loss)
+
+
+def test_the_default_configuration_is_hashable_and_plain() -> None:
+    assert LigerConfig() == LigerConfig.of(None) and hash(LigerConfig()) == hash(LigerConfig.of({}))

@@ -1,0 +1,169 @@
+"""What every op promises whatever its options: purity, layouts, gradients, compilation."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import BRIEF, CASES, Case
+from numerics import DEVICE, GPU
+
+both = pytest.mark.parametrize("impl", ["torch", "triton"])
+brief = pytest.mark.parametrize("case", BRIEF, ids=repr)
+
+
+def outputs(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def grads_of(case: Case, inputs: dict[str, Tensor], impl: str, dy: list[Tensor] | None = None):
+    leaves = {n: t.detach().requires_grad_() for n, t in inputs.items()}
+    out = outputs(case.op(**leaves, impl=impl))
+    dy = [torch.ones_like(o) for o in out] if dy is None else dy
+    return torch.autograd.grad(out, list(leaves.values()), dy)
+
+
+@both
+@brief
+def test_callers_tensors_are_left_alone(case: Case, impl: str) -> None:
+    inputs = {n: t.requires_grad_() for n, t in case.make().items()}
+    out = outputs(case.op(**inputs, impl=impl))
+    dy = [torch.randn_like(o) for o in out]
+    everything = [*inputs.values(), *out, *dy]
+    before = [t.detach().clone() for t in everything]
+    torch.autograd.backward(out, dy)
+    assert all(torch.equal(t, b) for t, b in zip(everything, before, strict=True))
+
+
+@both
+@brief
+def test_a_second_backward_gives_the_same(case: Case, impl: str) -> None:
+    named = {n: t.requires_grad_() for n, t in case.make().items()}
+    inputs, out = list(named.values()), outputs(case.op(**named, impl=impl))
+    dy = [torch.randn_like(o) for o in out]
+    first = torch.autograd.grad(out, inputs, dy, retain_graph=True)
+    kept = [g.clone() for g in first]
+    second = torch.autograd.grad(out, inputs, dy)
+    assert all(torch.equal(a, b) for a, b in zip(kept, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, first, strict=True))
+
+
+@both
+@brief
+def test_every_subset_of_gradients(case: Case, impl: str) -> None:
+    inputs = case.make()
+    want = dict(zip(inputs, grads_of(case, inputs, impl), strict=True))
+    for wanted in itertools.product([True, False], repeat=len(inputs)):
+        asked = {
+            n: t.detach().requires_grad_(on)
+            for (n, t), on in zip(inputs.items(), wanted, strict=True)
+        }
+        out = outputs(case.op(**asked, impl=impl))
+        assert all(o.requires_grad == any(wanted) for o in out)
+        if any(wanted):
+            torch.autograd.backward(out, [torch.ones_like(o) for o in out])
+        for name, t in asked.items():
+            assert (t.grad is not None) == t.requires_grad
+            assert t.grad is None or torch.equal(t.grad, want[name])
+
+
+@both
+@brief
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+def test_layouts(case: Case, impl: str, layout: str) -> None:
+    def laid_out(t: Tensor) -> Tensor:
+        if layout == "transposed":
+            return t.transpose(0, -1).contiguous().transpose(0, -1)
+        if layout == "sliced":
+            return torch.stack((t, -t), -1).flatten(-2)[..., ::2]
+        return t[:1].expand(t.shape)
+
+    strange = {n: laid_out(t) for n, t in case.make().items()}
+    plain = {n: t.contiguous() for n, t in strange.items()}
+    dy = [torch.randn_like(o) for o in outputs(case.op(**plain, impl=impl))]
+    for got, want in zip(
+        [*outputs(case.op(**strange, impl=impl)), *grads_of(case, strange, impl, dy)],
+        [*outputs(case.op(**plain, impl=impl)), *grads_of(case, plain, impl, dy)],
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)  # products may sum in another order
+
+
+@both
+@brief
+def test_an_upstream_gradient_without_strides(case: Case, impl: str) -> None:
+    inputs = case.make()
+    out = outputs(case.op(**inputs, impl=impl))
+    flat = [o.new_tensor(0.5).expand(o.shape) for o in out]
+    got = grads_of(case, inputs, impl, flat)
+    want = grads_of(case, inputs, impl, [dy.contiguous() for dy in flat])
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@both
+@brief
+def test_a_second_derivative_is_refused(case: Case, impl: str) -> None:
+    named = {n: t.requires_grad_() for n, t in case.make().items()}
+    inputs, out = list(named.values()), outputs(case.op(**named, impl=impl))
+    dy = [torch.ones_like(o).requires_grad_() for o in out]
+    first = torch.autograd.grad(out, inputs, dy, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first[0].square().sum().backward()
+
+
+@brief
+def test_compiles_whole_and_once_for_all_lengths(case: Case) -> None:
+    """On a CPU the torch path with no backend; on a GPU the kernels through Inductor."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda **t: case.op(**t), fullgraph=True, backend="inductor" if GPU else "aot_eager"
+    )
+    inputs = {n: t.requires_grad_() for n, t in case.make().items()}
+    out, want = outputs(compiled(**inputs)), outputs(case.op(**inputs))
+    torch.testing.assert_close(out, want)
+    dy = [torch.randn_like(o) for o in out]
+    got_grads = torch.autograd.grad(out, list(inputs.values()), dy)
+    torch.testing.assert_close(got_grads, torch.autograd.grad(want, list(inputs.values()), dy))
+
+
+@both
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "rope", "glu"])
+def test_empty_batches(name: str, impl: str) -> None:
+    case = next(c for c in CASES if c.name.startswith(name) and "1x1" not in c.name)
+    keep = ("w", "b")
+    inputs = {n: t if n in keep else t[:0] for n, t in case.make().items()}
+    for grad, t in zip(grads_of(case, inputs, impl), inputs.values(), strict=True):
+        assert grad.shape == t.shape and not grad.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", BRIEF, ids=repr)
+def test_backward_is_deterministic(case: Case) -> None:
+    inputs = {n: t.repeat_interleave(64, 0) if n == "x" else t for n, t in case.make().items()}
+    inputs = inputs if "linear" not in case.name else case.make()
+    first = grads_of(case, inputs, "triton")
+    for _ in range(250):
+        assert all(
+            torch.equal(a, b) for a, b in zip(first, grads_of(case, inputs, "triton"), strict=True)
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["rms_norm", "glu", "cross_entropy"])
+def test_more_than_two_to_the_31_elements(op: str) -> None:
+    from liger_core import cross_entropy, glu, rms_norm
+
+    M, N = 2**19 + 3, 4096
+    x = torch.empty(M, N, device=DEVICE, dtype=torch.bfloat16).normal_()
+    last = x[-3:].float()
+    if op == "rms_norm":
+        w = torch.ones(N, device=DEVICE, dtype=x.dtype)
+        got, want = rms_norm(x, w)[-3:], rms_norm(last, w.float())
+    elif op == "glu":
+        got, want = glu(x, x)[-3:], glu(last, last)
+    else:
+        y = torch.arange(M, device=DEVICE) % N
+        got = cross_entropy(x, y, reduction="none")[-3:]
+        want = cross_entropy(last, y[-3:], reduction="none")
+    torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=2e-2)
