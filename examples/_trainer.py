@@ -132,7 +132,8 @@ def step_memory(trainer: Trainer, batch: Tensor) -> float:
         inputs = {"input_ids": batch, "labels": batch}
         trainer.training_step(model, inputs, num_items_in_batch=predicted)
 
-    step()  # allocates the gradients
+    for parameter in model.parameters():  # the gradients, which are no part of it
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     with PeakMemory(trainer.args.device) as peak:
         step()
     model.zero_grad()

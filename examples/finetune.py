@@ -19,7 +19,7 @@ import _report
 from _settings import Settings, UserError, parse
 
 VARIANTS = ("plain", "liger")
-OURS = ("run.json", "model", "blocks.pt", *VARIANTS, "plot.png", "summary.json")
+OURS = ("run.json", "model", "blocks.pt", "before.json", *VARIANTS, "plot.png", "summary.json")
 WARM_UP = 2  # steps of a start whose time is left out
 
 
@@ -171,8 +171,8 @@ def train(settings: Settings, folder: Path, variant: str) -> None:
     )
     _trainer.Progress.install(trainer)
     here.mkdir(exist_ok=True)
-    if not (here / "before.json").exists():
-        _report.write(here / "before.json", _trainer.perplexity(trainer))
+    if not (before := folder / "before.json").exists():  # the same model for both variants
+        _report.write(before, _trainer.perplexity(trainer))
     found = newest_complete(here)
     if found:
         print(f"resuming from {found}", flush=True)
@@ -185,7 +185,7 @@ def train(settings: Settings, folder: Path, variant: str) -> None:
         "loss": [entry["loss"] for entry in steps],
         "step_ms": step_ms,
         "tokens_per_second": blocks["train"].numel() / settings.steps / step_ms * 1e3,
-        "ppl_before": _report.read(here / "before.json"),
+        "ppl_before": _report.read(before),
         "ppl_after": _trainer.perplexity(trainer),
         "peak_mib": _trainer.step_memory(trainer, blocks["train"][: settings.per_device_batch]),
         "patch": patch and str(patch),

@@ -4,7 +4,6 @@ Triton is optional: without it every op takes its torch path, and `triton`, `tl`
 that let kernel definitions be read but not launched.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -48,9 +47,11 @@ def use_triton(impl: Impl, x: Tensor, *others: Tensor | None, row: int = 1) -> b
     Raises:
         ValueError: tensors on different devices, an unknown `impl`, or "triton" where it cannot be.
     """
-    if any(t is not None and t.device != x.device for t in others):
-        devices = ", ".join(str(t.device) for t in (x, *others) if t is not None)
-        raise ValueError(f"all tensors must be on one device, got {devices}; move them together")
+    device = x.device
+    for t in others:
+        if t is not None and t.device != device:
+            names = ", ".join(str(t.device) for t in (x, *others) if t is not None)
+            raise ValueError(f"all tensors must be on one device, got {names}; move them together")
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl must be 'auto', 'triton' or 'torch', got {impl!r}")
     fits = x.dtype in TRITON_DTYPES and row <= MAX_ROW
@@ -77,20 +78,57 @@ def fp32(number):
     return tl.cast(number, tl.float32)
 
 
-def on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device: make that the tensor's own.
+_compiled: dict[tuple[Any, ...], Any] = {}  # kernels by all that Triton specialises them on
 
-    A compiled graph guards its device itself, and cannot trace this.
+
+def launch(
+    kernel: Any, grid: tuple[int, int, int], num_warps: int, args: tuple[Any, ...], *constants: Any
+) -> None:
+    """`kernel[grid](*args, *constants, num_warps=num_warps)` on the device of args[0], a tensor.
+
+    Triton works out anew at every call which compiled variant serves. That takes longer than many
+    a kernel runs, and depends on little: dtypes, 16-byte alignment, and which integers are 1,
+    multiples of 16 or wide. Here that is looked up, and the variant launched directly.
+
+    Args:
+        kernel: a `triton.jit` function whose constexpr parameters come last.
+        grid: programs in x, y, z.
+        args: its other arguments. constants: its constexpr ones.
     """
-    if not x.is_cuda or torch.compiler.is_compiling():
-        return nullcontext()
-    return torch.cuda.device(x.device)
+    x = args[0]
+    if not x.is_cuda or torch.compiler.is_compiling():  # the interpreter; Inductor launches itself
+        kernel[grid](*args, *constants, num_warps=num_warps)
+        return
+    device = x.get_device()
+    if device != torch.cuda.current_device():  # Triton launches on the current one
+        with torch.cuda.device(device):
+            launch(kernel, grid, num_warps, args, *constants)
+        return
+    kinds: list[Any] = [id(kernel), device, num_warps, constants]
+    for a in args:
+        if isinstance(a, Tensor):
+            kinds += (a.dtype, a.data_ptr() & 15 == 0)
+        elif isinstance(a, int):
+            kinds.append(a if a < 2 else (a & 15 == 0, a >> 31 == 0))
+    key = tuple(kinds)
+    if (compiled := _compiled.get(key)) is None:
+        _compiled[key] = kernel[grid](*args, *constants, num_warps=num_warps)
+        return
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    compiled.run(
+        *grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
+        *args, *constants,
+    )  # fmt: skip
 
 
-def row_launch(N: int) -> tuple[int, int]:
-    """(BLOCK_N, num_warps) for a program that holds one row of N elements."""
-    BLOCK_N = triton.next_power_of_2(N)
-    return BLOCK_N, min(max(BLOCK_N // 512, 1), 16)  # 16 waves of 64 are all that AMD allows
+def block(n: int) -> int:
+    """The power of two that holds n."""
+    return 1 << (n - 1).bit_length()
+
+
+def row_warps(BLOCK_N: int) -> int:
+    """Warps for a program that holds a row; 16 waves of 64 are all that AMD allows."""
+    return min(max(BLOCK_N // 512, 1), 16)
 
 
 def sm_count(x: Tensor) -> int:
@@ -103,7 +141,13 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """(..., N) as (M, N) with unit stride in N; a view where it can be."""
-    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return x if x.stride(-1) == 1 else x.contiguous()
+def as_rows(x: Tensor) -> tuple[Tensor, int]:
+    """x as kernels walk it: rows of the last dimension, and the elements between them.
+
+    A copy only where there is no such walk. Host time counts: each view costs as much as a kernel.
+    """
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    return rows, rows.stride(0)

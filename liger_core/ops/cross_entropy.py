@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 from liger_core.dispatch import (
     Impl,
     accumulate_dtype,
-    as_rows,
+    block,
     fp32,
-    on_device,
+    launch,
     tl,
     triton,
     use_triton,
@@ -149,17 +149,18 @@ def _row_loss_triton(
     M, V = z.shape
     loss = z.new_empty(M, dtype=torch.float32)
     out = loss.new_empty(M) if lse is None else lse
-    BLOCK_V = min(triton.next_power_of_2(V), 4096)
+    BLOCK_V = min(block(V), 4096)
     target, weight = z if dz is None else dz, loss if g is None else g
-    with on_device(z):
-        _row_loss_kernel[(M,)](
-            z, y, weight, loss, out, target,
-            z.stride(0), weight.stride(0), target.stride(0), V,
-            o.ignore_index, o.scale, o.softcap or 1.0, o.label_smoothing, o.z_loss,
-            HAS_SOFTCAP=o.softcap is not None, HAS_SMOOTHING=o.label_smoothing > 0,
-            HAS_LSE=lse is not None, HAS_G=g is not None, NEED_DZ=dz is not None,
-            BLOCK_V=BLOCK_V, num_warps=8,
-        )  # fmt: skip
+    args = (
+        z, y, weight, loss, out, target,
+        z.stride(0), weight.stride(0), target.stride(0), V,
+        o.ignore_index, o.scale, o.softcap or 1.0, o.label_smoothing, o.z_loss,
+    )  # fmt: skip
+    launch(
+        _row_loss_kernel, (M, 1, 1), 8, args,
+        o.softcap is not None, o.label_smoothing > 0, lse is not None, g is not None,
+        dz is not None, BLOCK_V,
+    )  # fmt: skip
     return loss, out
 
 
@@ -304,6 +305,8 @@ def cross_entropy(
     kernels = use_triton(impl, z, y) and z.numel() > 0
     if not (z.is_cuda or torch.compiler.is_compiling()):
         LabelScan(y, z.shape[-1], ignore_index).count()
-    loss = _CrossEntropy.apply(as_rows(z), y.flatten(), o, kernels)
+    rows = z.reshape(y.numel(), z.shape[-1])
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    loss = _CrossEntropy.apply(rows, y.flatten(), o, kernels)
     loss = reduce_rows(loss, y, ignore_index, reduction)  # pyright: ignore
     return loss.view(y.shape) if reduction == "none" else loss

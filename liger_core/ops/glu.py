@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from liger_core.dispatch import Impl, accumulate_dtype, as_rows, on_device, tl, triton, use_triton
+from liger_core.dispatch import (
+    Impl,
+    accumulate_dtype,
+    as_rows,
+    block,
+    launch,
+    tl,
+    triton,
+    use_triton,
+)
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -78,35 +87,28 @@ def _glu_bwd_kernel(
     tl.store(du_ptr + row * N + cols, (dy * a).to(du_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(N: int) -> dict[str, int]:
-    return {"BLOCK_N": min(triton.next_power_of_2(N), 1024), "num_warps": 4}
-
-
 def _fwd_triton(g: Tensor, u: Tensor, act: Activation) -> Tensor:
-    M, N = g.shape
-    y = g.new_empty(M, N)
-    launch = _launch(N)
-    with on_device(g):
-        _glu_fwd_kernel[(M, triton.cdiv(N, launch["BLOCK_N"]))](
-            g, u, y, g.stride(0), u.stride(0), N, ACT=act, **launch
-        )
+    N = g.shape[-1]
+    (g2, stride_g), (u2, stride_u) = as_rows(g), as_rows(u)
+    y, BLOCK_N = g.new_empty(g.shape), min(block(N), 1024)
+    grid = g.numel() // N, -(-N // BLOCK_N), 1
+    launch(_glu_fwd_kernel, grid, 4, (g2, u2, y, stride_g, stride_u, N), act, BLOCK_N)
     return y
 
 
 def _bwd_triton(dy: Tensor, g: Tensor, u: Tensor, act: Activation) -> tuple[Tensor, Tensor]:
-    M, N = g.shape
-    dg, du = g.new_empty(M, N), u.new_empty(M, N)
-    launch = _launch(N)
-    with on_device(g):
-        _glu_bwd_kernel[(M, triton.cdiv(N, launch["BLOCK_N"]))](
-            dy, g, u, dg, du, dy.stride(0), g.stride(0), u.stride(0), N, ACT=act, **launch
-        )
+    N = g.shape[-1]
+    (dy, stride_dy), (g2, stride_g), (u2, stride_u) = as_rows(dy), as_rows(g), as_rows(u)
+    dg, du, BLOCK_N = g.new_empty(g.shape), u.new_empty(u.shape), min(block(N), 1024)
+    grid = g.numel() // N, -(-N // BLOCK_N), 1
+    args = dy, g2, u2, dg, du, stride_dy, stride_g, stride_u, N
+    launch(_glu_bwd_kernel, grid, 4, args, act, BLOCK_N)
     return dg, du
 
 
 def _bwd_torch(dy: Tensor, g: Tensor, u: Tensor, act: Activation) -> tuple[Tensor, Tensor]:
     acc = accumulate_dtype(g.dtype)
-    dyf, gf, dtype = dy.to(acc), g.to(acc), g.dtype
+    dyf, gf = dy.to(acc), g.to(acc)
     if act == "silu":
         du = F.silu(gf).mul_(dyf)
         dg = torch.ops.aten.silu_backward(dyf * u.to(acc), gf)
@@ -114,24 +116,22 @@ def _bwd_torch(dy: Tensor, g: Tensor, u: Tensor, act: Activation) -> tuple[Tenso
         approximate = _APPROXIMATE[act]
         du = F.gelu(gf, approximate=approximate).mul_(dyf)
         dg = torch.ops.aten.gelu_backward(dyf * u.to(acc), gf, approximate=approximate)
-    return dg.to(dtype), du.to(u.dtype)
+    return dg.to(g.dtype), du.to(u.dtype)
 
 
 class _GLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, u: Tensor, act: Activation, kernels: bool) -> Tensor:
-        g2, u2 = as_rows(g), as_rows(u)
-        ctx.save_for_backward(g2, u2)
+        ctx.save_for_backward(g, u)
         ctx.act, ctx.kernels = act, kernels
-        return (_fwd_triton if kernels else glu_ref)(g2, u2, act).view(g.shape)
+        return (_fwd_triton if kernels else glu_ref)(g, u, act)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        bwd = _bwd_triton if ctx.kernels else _bwd_torch
         g, u = ctx.saved_tensors
-        dg, du = bwd(as_rows(dy), g, u, ctx.act)
-        return dg.view(dy.shape), du.view(dy.shape), None, None
+        dg, du = (_bwd_triton if ctx.kernels else _bwd_torch)(dy, g, u, ctx.act)
+        return dg, du, None, None
 
 
 def glu(g: Tensor, u: Tensor, act: Activation = "silu", *, impl: Impl = "auto") -> Tensor:

@@ -16,9 +16,10 @@ from liger_core.dispatch import (
     Impl,
     accumulate_dtype,
     as_rows,
+    block,
     fp32,
-    on_device,
-    row_launch,
+    launch,
+    row_warps,
     sm_count,
     tl,
     triton,
@@ -93,42 +94,44 @@ def _layer_norm_bwd_kernel(
 def _fwd_triton(
     x: Tensor, w: Tensor, b: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    M, N = x.shape
-    y = x.new_empty(M, N)
+    N = x.shape[-1]
+    M = x.numel() // N
+    rows, stride = as_rows(x)
+    y = x.new_empty(x.shape)
     mean, rstd = x.new_empty(2, M, dtype=torch.float32).unbind()
-    BLOCK_N, num_warps = row_launch(N)
-    with on_device(x):
-        _layer_norm_fwd_kernel[(M,)](
-            x, w, w if b is None else b, y, mean, rstd, x.stride(0), y.stride(0), N, 1 / N, eps,
-            HAS_BIAS=b is not None, BLOCK_N=BLOCK_N, num_warps=num_warps,
-        )  # fmt: skip
+    BLOCK_N = block(N)
+    launch(
+        _layer_norm_fwd_kernel, (M, 1, 1), row_warps(BLOCK_N),
+        (rows, w, w if b is None else b, y, mean, rstd, stride, N, N, 1 / N, eps),
+        b is not None, BLOCK_N,
+    )  # fmt: skip
     return y, mean, rstd
 
 
 def _bwd_triton(
     dy: Tensor, x: Tensor, w: Tensor, mean: Tensor, rstd: Tensor, need_dw: bool, need_db: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    M, N = x.shape
-    P = min(M, sm_count(x))
-    dx = x.new_empty(M, N)
-    dw = x.new_empty(P if need_dw else 0, N, dtype=torch.float32)
-    db = x.new_empty(P if need_db else 0, N, dtype=torch.float32)
-    BLOCK_N, num_warps = row_launch(N)
-    with on_device(x):
-        _layer_norm_bwd_kernel[(P,)](
-            dy, x, w, mean, rstd, dx, dw, db, dy.stride(0), x.stride(0), dx.stride(0), M, N, 1 / N,
-            NEED_DW=need_dw, NEED_DB=need_db, BLOCK_N=BLOCK_N, num_warps=num_warps,
-        )  # fmt: skip
+    N = x.shape[-1]
+    M = x.numel() // N
+    (rows, stride), (dy, stride_dy), P = as_rows(x), as_rows(dy), min(M, sm_count(x))
+    dx = x.new_empty(x.shape)
+    dw, db = x.new_empty(2, P, N, dtype=torch.float32).unbind()
+    BLOCK_N = block(N)
+    launch(
+        _layer_norm_bwd_kernel, (P, 1, 1), row_warps(BLOCK_N),
+        (dy, rows, w, mean, rstd, dx, dw, db, stride_dy, stride, N, M, N, 1 / N),
+        need_dw, need_db, BLOCK_N,
+    )  # fmt: skip
     return dx, dw.sum(0) if need_dw else None, db.sum(0) if need_db else None
 
 
 def _fwd_torch(x: Tensor, w: Tensor, b: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     acc = accumulate_dtype(x.dtype)
     xf = x.to(acc)
-    mean = xf.mean(-1)
-    xhat = xf - mean[:, None]
-    rstd = torch.rsqrt(xhat.square().mean(-1) + eps)
-    y = xhat * rstd[:, None] * w.to(acc)
+    mean = xf.mean(-1, keepdim=True)
+    xhat = xf - mean
+    rstd = torch.rsqrt(xhat.square().mean(-1, keepdim=True) + eps)
+    y = xhat * rstd * w.to(acc)
     return (y if b is None else y + b.to(acc)).to(x.dtype), mean, rstd
 
 
@@ -136,11 +139,12 @@ def _bwd_torch(
     dy: Tensor, x: Tensor, w: Tensor, mean: Tensor, rstd: Tensor, need_dw: bool, need_db: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     acc = rstd.dtype
-    dy, xhat = dy.to(acc), (x.to(acc) - mean[:, None]) * rstd[:, None]
+    dy, xhat = dy.to(acc), (x.to(acc) - mean) * rstd
     g = dy * w.to(acc)
     c = (g * xhat).mean(-1, keepdim=True)
-    dx = rstd[:, None] * (g - g.mean(-1, keepdim=True) - xhat * c)
-    return dx.to(x.dtype), (dy * xhat).sum(0) if need_dw else None, dy.sum(0) if need_db else None
+    dx = rstd * (g - g.mean(-1, keepdim=True) - xhat * c)
+    dw = (dy * xhat).sum_to_size(w.shape) if need_dw else None
+    return dx.to(x.dtype), dw, dy.sum_to_size(w.shape) if need_db else None
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -148,21 +152,21 @@ class _LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, eps: float, kernels: bool
     ) -> Tensor:
-        rows, w, b = as_rows(x), w.contiguous(), None if b is None else b.contiguous()
-        y, mean, rstd = (_fwd_triton if kernels else _fwd_torch)(rows, w, b, eps)
-        ctx.save_for_backward(rows, w, mean, rstd)
+        w, b = w.contiguous(), None if b is None else b.contiguous()
+        y, mean, rstd = (_fwd_triton if kernels else _fwd_torch)(x, w, b, eps)
+        ctx.save_for_backward(x, w, mean, rstd)
         ctx.b_dtype, ctx.kernels = None if b is None else b.dtype, kernels
-        return y.view(x.shape)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, w, mean, rstd = ctx.saved_tensors
+        x, w, mean, rstd = ctx.saved_tensors
         bwd = _bwd_triton if ctx.kernels else _bwd_torch
-        dx, dw, db = bwd(as_rows(dy), rows, w, mean, rstd, *ctx.needs_input_grad[1:3])
+        dx, dw, db = bwd(dy, x, w, mean, rstd, *ctx.needs_input_grad[1:3])
         dw = None if dw is None else dw.to(w.dtype)
         db = None if db is None else db.to(ctx.b_dtype)
-        return dx.view(dy.shape), dw, db, None, None
+        return dx, dw, db, None, None
 
 
 def layer_norm(

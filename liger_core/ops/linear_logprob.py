@@ -24,7 +24,7 @@ from liger_core.dispatch import (
     HAS_TRITON,
     Impl,
     accumulate_dtype,
-    on_device,
+    launch,
     tl,
     triton,
     use_triton,
@@ -151,8 +151,7 @@ def _scaled(t: Tensor | None, s: Tensor, like: Tensor | None, own: bool) -> Tens
     if t.dtype == s.dtype:
         return t.mul_(s)
     if HAS_TRITON and t.is_cuda and t.is_contiguous():
-        with on_device(t):
-            _scale_kernel[(triton.cdiv(t.numel(), 4096),)](t, s, t.numel(), BLOCK=4096, num_warps=8)
+        launch(_scale_kernel, (-(-t.numel() // 4096), 1, 1), 8, (t, s, t.numel()), 4096)
         return t
     for part in t.split(max((1 << 22) // max(t[0].numel(), 1), 1)):
         part.copy_(part.to(s.dtype) * s)

@@ -15,9 +15,10 @@ from liger_core.dispatch import (
     Impl,
     accumulate_dtype,
     as_rows,
+    block,
     fp32,
-    on_device,
-    row_launch,
+    launch,
+    row_warps,
     sm_count,
     tl,
     triton,
@@ -88,32 +89,32 @@ def _rms_norm_bwd_kernel(
 def _fwd_triton(
     x: Tensor, w: Tensor, eps: float, offset: float, casting: Casting
 ) -> tuple[Tensor, Tensor]:
-    M, N = x.shape
-    llama = casting == "llama"
-    y = x.new_empty(M, N, dtype=torch.promote_types(w.dtype, x.dtype) if llama else x.dtype)
-    rstd = x.new_empty(M, dtype=torch.float32)
-    BLOCK_N, num_warps = row_launch(N)
-    with on_device(x):
-        _rms_norm_fwd_kernel[(M,)](
-            x, w, y, rstd, x.stride(0), y.stride(0), N, eps, offset,
-            LLAMA=llama, BLOCK_N=BLOCK_N, num_warps=num_warps,
-        )  # fmt: skip
+    N = x.shape[-1]
+    M, llama = x.numel() // N, casting == "llama"
+    rows, stride = as_rows(x)
+    dtype = torch.promote_types(w.dtype, x.dtype) if llama else x.dtype
+    y, rstd = x.new_empty(x.shape, dtype=dtype), x.new_empty(M, dtype=torch.float32)
+    BLOCK_N = block(N)
+    launch(
+        _rms_norm_fwd_kernel, (M, 1, 1), row_warps(BLOCK_N),
+        (rows, w, y, rstd, stride, N, N, eps, offset), llama, BLOCK_N,
+    )  # fmt: skip
     return y, rstd
 
 
 def _bwd_triton(
     dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor, offset: float, need_dw: bool
 ) -> tuple[Tensor, Tensor | None]:
-    M, N = x.shape
-    P = min(M, sm_count(x))
-    dx = x.new_empty(M, N)
-    partial = x.new_empty(P if need_dw else 0, N, dtype=torch.float32)
-    BLOCK_N, num_warps = row_launch(N)
-    with on_device(x):
-        _rms_norm_bwd_kernel[(P,)](
-            dy, x, w, rstd, dx, partial, dy.stride(0), x.stride(0), dx.stride(0), M, N, offset,
-            NEED_DW=need_dw, BLOCK_N=BLOCK_N, num_warps=num_warps,
-        )  # fmt: skip
+    N = x.shape[-1]
+    M = x.numel() // N
+    (rows, stride), (dy, stride_dy), P = as_rows(x), as_rows(dy), min(M, sm_count(x))
+    dx = x.new_empty(x.shape)
+    partial = x.new_empty(P, N, dtype=torch.float32) if need_dw else dx
+    BLOCK_N = block(N)
+    launch(
+        _rms_norm_bwd_kernel, (P, 1, 1), row_warps(BLOCK_N),
+        (dy, rows, w, rstd, dx, partial, stride_dy, stride, N, M, N, offset), need_dw, BLOCK_N,
+    )  # fmt: skip
     return dx, partial.sum(0).to(w.dtype) if need_dw else None
 
 
@@ -121,8 +122,8 @@ def _fwd_torch(
     x: Tensor, w: Tensor, eps: float, offset: float, casting: Casting
 ) -> tuple[Tensor, Tensor]:
     xf = x.to(accumulate_dtype(x.dtype))
-    rstd = torch.rsqrt(xf.square().mean(-1) + eps)
-    xhat = xf * rstd[:, None]
+    rstd = torch.rsqrt(xf.square().mean(-1, keepdim=True) + eps)
+    xhat = xf * rstd
     if casting == "llama":
         return (w + offset) * xhat.to(x.dtype), rstd
     return (xhat * (w.to(xf.dtype) + offset)).to(x.dtype), rstd
@@ -132,11 +133,11 @@ def _bwd_torch(
     dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor, offset: float, need_dw: bool
 ) -> tuple[Tensor, Tensor | None]:
     acc = rstd.dtype
-    dy, xhat = dy.to(acc), x.to(acc) * rstd[:, None]
-    dw = (dy * xhat).sum(0).to(w.dtype) if need_dw else None
+    dy, xhat = dy.to(acc), x.to(acc) * rstd
+    dw = (dy * xhat).sum_to_size(w.shape).to(w.dtype) if need_dw else None
     g = dy * (w.to(acc) + offset)
     c = (g * xhat).mean(-1, keepdim=True)
-    return (rstd[:, None] * torch.addcmul(g, xhat, c, value=-1)).to(x.dtype), dw
+    return (rstd * torch.addcmul(g, xhat, c, value=-1)).to(x.dtype), dw
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -144,19 +145,19 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w: Tensor, eps: float, offset: float, casting: Casting, kernels: bool
     ) -> Tensor:
-        rows, w = as_rows(x), w.contiguous()
-        y, rstd = (_fwd_triton if kernels else _fwd_torch)(rows, w, eps, offset, casting)
-        ctx.save_for_backward(rows, w, rstd)
+        w = w.contiguous()
+        y, rstd = (_fwd_triton if kernels else _fwd_torch)(x, w, eps, offset, casting)
+        ctx.save_for_backward(x, w, rstd)
         ctx.offset, ctx.kernels = offset, kernels
-        return y.view(x.shape)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, w, rstd = ctx.saved_tensors
+        x, w, rstd = ctx.saved_tensors
         bwd = _bwd_triton if ctx.kernels else _bwd_torch
-        dx, dw = bwd(as_rows(dy), rows, w, rstd, ctx.offset, ctx.needs_input_grad[1])
-        return dx.view(dy.shape), dw, None, None, None, None
+        dx, dw = bwd(dy, x, w, rstd, ctx.offset, ctx.needs_input_grad[1])
+        return dx, dw, None, None, None, None
 
 
 def rms_norm(

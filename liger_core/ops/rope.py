@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from liger_core.dispatch import Impl, accumulate_dtype, on_device, tl, triton, use_triton
+from liger_core.dispatch import Impl, accumulate_dtype, block, launch, tl, triton, use_triton
 
 
 def rope_ref(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def rope_ref(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Te
 
 @triton.jit
 def _turn(
-    x_ptr, y_ptr, stride_xh, stride_xd, stride_yh, stride_yd, H, HALF,
+    x_ptr, y_ptr, stride_xh, stride_yh, H, HALF,
     cos1, cos2, sin1, sin2,
     BACKWARD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -40,73 +40,62 @@ def _turn(
     for start in range(0, H, BLOCK_H):
         h = (start + tl.arange(0, BLOCK_H)[:, None]).to(tl.int64)
         mask = (h < H) & (d < HALF)
-        x = x_ptr + h * stride_xh + d * stride_xd
-        y = y_ptr + h * stride_yh + d * stride_yd
+        x, y = x_ptr + h * stride_xh + d, y_ptr + h * stride_yh + d
         x1 = tl.load(x, mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(x + HALF * stride_xd, mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(x + HALF, mask=mask, other=0.0).to(tl.float32)
         if BACKWARD:
             y1, y2 = x1 * cos1 + x2 * sin2, x2 * cos2 - x1 * sin1
         else:
             y1, y2 = x1 * cos1 - x2 * sin1, x2 * cos2 + x1 * sin2
         tl.store(y, y1.to(y_ptr.dtype.element_ty), mask=mask)
-        tl.store(y + HALF * stride_yd, y2.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y + HALF, y2.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _rope_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, yq_ptr, yk_ptr,
-    stride_qb, stride_qh, stride_qt, stride_qd,
-    stride_kb, stride_kh, stride_kt, stride_kd,
-    stride_yqb, stride_yqh, stride_yqt, stride_yqd,
-    stride_ykb, stride_ykh, stride_ykt, stride_ykd,
-    stride_cb, stride_ct, stride_sb, stride_st,
-    T, HQ, HK, HALF,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    stride_yqb, stride_yqh, stride_yqt, stride_ykb, stride_ykh, stride_ykt,
+    stride_cb, T, HQ, HK, HALF,
     BACKWARD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # Grid (B * T,): one token a program.  q, yq: (B, HQ, T, 2 HALF);  k, yk: (B, HK, T, 2 HALF).
+    # Grid (B * T,): one token a program.  q, yq: (B, HQ, T, 2 HALF);  k, yk: (B, HK, T, 2 HALF);
+    # cos, sin: (1 or B, T, 2 HALF) contiguous, stride_cb 0 for the former.
     b, t = tl.program_id(0).to(tl.int64) // T, tl.program_id(0).to(tl.int64) % T
     d = tl.arange(0, BLOCK_D)[None, :]
     mask = d < HALF
-    cos = cos_ptr + b * stride_cb + t * stride_ct + d
-    sin = sin_ptr + b * stride_sb + t * stride_st + d
+    cos = cos_ptr + b * stride_cb + t * 2 * HALF + d
+    sin = sin_ptr + b * stride_cb + t * 2 * HALF + d
     cos1 = tl.load(cos, mask=mask, other=0.0).to(tl.float32)
     cos2 = tl.load(cos + HALF, mask=mask, other=0.0).to(tl.float32)
     sin1 = tl.load(sin, mask=mask, other=0.0).to(tl.float32)
     sin2 = tl.load(sin + HALF, mask=mask, other=0.0).to(tl.float32)
     _turn(
         q_ptr + b * stride_qb + t * stride_qt, yq_ptr + b * stride_yqb + t * stride_yqt,
-        stride_qh, stride_qd, stride_yqh, stride_yqd, HQ, HALF, cos1, cos2, sin1, sin2,
+        stride_qh, stride_yqh, HQ, HALF, cos1, cos2, sin1, sin2,
         BACKWARD, BLOCK_H, BLOCK_D,
     )  # fmt: skip
     _turn(
         k_ptr + b * stride_kb + t * stride_kt, yk_ptr + b * stride_ykb + t * stride_ykt,
-        stride_kh, stride_kd, stride_ykh, stride_ykd, HK, HALF, cos1, cos2, sin1, sin2,
+        stride_kh, stride_ykh, HK, HALF, cos1, cos2, sin1, sin2,
         BACKWARD, BLOCK_H, BLOCK_D,
     )  # fmt: skip
-
-
-def _like(x: Tensor) -> Tensor:
-    """An empty tensor of x's shape with the heads of a token side by side, as attention wants."""
-    B, H, T, D = x.shape
-    return x.new_empty(B, T, H, D).transpose(1, 2)
 
 
 def _rope_triton(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool
 ) -> tuple[Tensor, Tensor]:
     B, HQ, T, D = q.shape
-    yq, yk = _like(q), _like(k)
-    BLOCK_D = triton.next_power_of_2(D // 2)
-    BLOCK_H = min(triton.next_power_of_2(HQ), max(2048 // BLOCK_D, 1))
-    batch = 0 if cos.shape[0] == 1 else 1  # cos and sin of one sequence serve all of them
-    with on_device(q):
-        _rope_kernel[(B * T,)](
-            q, k, cos, sin, yq, yk,
-            *q.stride(), *k.stride(), *yq.stride(), *yk.stride(),
-            cos.stride(0) * batch, cos.stride(1), sin.stride(0) * batch, sin.stride(1),
-            T, HQ, k.shape[1], D // 2,
-            BACKWARD=backward, BLOCK_H=BLOCK_H, BLOCK_D=BLOCK_D, num_warps=4,
-        )  # fmt: skip
+    q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
+    yq, yk = torch.empty_like(q), torch.empty_like(k)  # in the layout that attention gets
+    BLOCK_D = block(D // 2)
+    BLOCK_H = min(block(HQ), max(2048 // BLOCK_D, 1))
+    args = (
+        q, k, cos, sin, yq, yk,
+        *q.stride()[:3], *k.stride()[:3], *yq.stride()[:3], *yk.stride()[:3],
+        0 if cos.shape[0] == 1 else T * D, T, HQ, k.shape[1], D // 2,
+    )  # fmt: skip
+    launch(_rope_kernel, (B * T, 1, 1), 4, args, backward, BLOCK_H, BLOCK_D)
     return yq, yk
 
 
@@ -172,5 +161,4 @@ def rope(
         if t.shape not in ((1, T, D), (B, T, D)):
             raise ValueError(f"{name} must be (1 or {B}, {T}, {D}), got {tuple(t.shape)}")
     kernels = use_triton(impl, q, k, cos, sin) and q.numel() > 0
-    cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (cos, sin))
-    return _RoPE.apply(q, k, cos, sin, kernels)  # pyright: ignore
+    return _RoPE.apply(q, k, cos.contiguous(), sin.contiguous(), kernels)  # pyright: ignore

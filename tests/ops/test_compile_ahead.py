@@ -49,7 +49,7 @@ for case in cases.BRIEF + [c for c in cases.CASES if "-all-" in c.name]:
     outs = out if isinstance(out, tuple) else (out,)
     torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
 t, s = torch.empty(8, dtype=torch.bfloat16), torch.empty(())  # launched on GPU tensors only
-linear_logprob._scale_kernel[(1,)](t, s, 8, BLOCK=4096, num_warps=8)
+linear_logprob._scale_kernel[(1, 1, 1)](t, s, 8, 4096, num_warps=8)
 for kernel, types, constants, num_warps in launches.values():
     compiled = triton.compile(ASTSource(kernel, types, constants), target=target,
                               options={"num_warps": num_warps})

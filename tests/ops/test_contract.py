@@ -112,6 +112,7 @@ def test_a_second_derivative_is_refused(case: Case, impl: str) -> None:
         first[0].square().sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @brief
 def test_compiles_whole_and_once_for_all_lengths(case: Case) -> None:
     """On a CPU the torch path with no backend; on a GPU the kernels through Inductor."""
@@ -167,3 +168,15 @@ def test_more_than_two_to_the_31_elements(op: str) -> None:
         got = cross_entropy(x, y, reduction="none")[-3:]
         want = cross_entropy(last, y[-3:], reduction="none")
     torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_a_launch_that_is_looked_up_fits_its_arguments() -> None:
+    """Aligned or not, widths that are multiples of 16 or not, in every order, are kept apart."""
+    from liger_core import glu
+    from liger_core.ops.glu import glu_ref
+
+    storage = torch.randn(3, 4096, device=DEVICE)
+    for offset, N in itertools.product((0, 1, 4, 0), (48, 33, 1, 48)):
+        g, u = (storage[i, offset : offset + 4 * N].view(4, N) for i in (0, 1))
+        torch.testing.assert_close(glu(g, u), glu_ref(g, u))
