@@ -28,11 +28,11 @@ class Settings:
     )
     data: str = _setting("pydoc", "pydoc (Python's own documentation), or a .txt or .jsonl file")
     output: str = _setting("runs/demo", "folder of the run")
-    steps: int = _setting(24, "optimizer steps", least=1)
+    steps: int = _setting(16, "optimizer steps", least=1)
     per_device_batch: int = _setting(2, "blocks in a forward pass", least=1)
     accumulation: int = _setting(1, "forward passes in an optimizer step", least=1)
     length: int = _setting(256, "tokens in a block", least=2)
-    learning_rate: float = _setting(5e-5, "AdamW's peak learning rate", least=0)
+    learning_rate: float = _setting(1e-4, "AdamW's peak learning rate", least=0)
     schedule: str = _setting(
         "constant", "of the learning rate", among=("linear", "cosine", "constant")
     )
@@ -46,8 +46,8 @@ class Settings:
         among=("auto", "float32", "bfloat16", "mixed"),
     )
     gradient_checkpointing: bool = _setting(False, "recompute activations in backward")
-    save_steps: int = _setting(12, "steps between checkpoints", least=1)
-    eval_blocks: int = _setting(16, "held-out blocks that perplexity is taken on", least=1)
+    save_steps: int = _setting(8, "steps between checkpoints", least=1)
+    eval_blocks: int = _setting(8, "held-out blocks that perplexity is taken on", least=1)
     liger_config: dict[str, Any] | None = field(
         default=None, metadata={"help": "options of LigerConfig; null for the defaults"}
     )

@@ -96,7 +96,8 @@ def launch(
         args: its other arguments. constants: its constexpr ones.
     """
     x = args[0]
-    if not x.is_cuda or torch.compiler.is_compiling():  # the interpreter; Inductor launches itself
+    # The interpreter; Inductor, which launches itself; AMD, where Triton looks at sizes too.
+    if not x.is_cuda or torch.compiler.is_compiling() or torch.version.hip is not None:
         kernel[grid](*args, *constants, num_warps=num_warps)
         return
     device = x.get_device()
@@ -110,6 +111,8 @@ def launch(
             kinds += (a.dtype, a.data_ptr() & 15 == 0)
         elif isinstance(a, int):
             kinds.append(a if a < 2 else (a & 15 == 0, a >> 31 == 0))
+        else:
+            kinds.append(float)
     key = tuple(kinds)
     if (compiled := _compiled.get(key)) is None:
         _compiled[key] = kernel[grid](*args, *constants, num_warps=num_warps)

@@ -64,6 +64,12 @@ def test_what_is_wrong_in_the_environment_is_said(
         LigerConfig.of()
 
 
+def test_an_empty_variable_is_unset(monkeypatch: Any) -> None:
+    for name in ("ROPE", "IMPL", "MEMORY_BUDGET", "DISABLE"):
+        monkeypatch.setenv(f"LIGER_{name}", "")
+    assert LigerConfig.of() == LigerConfig() and not disabled()
+
+
 @pytest.mark.parametrize("text, off", [("1", True), ("true", True), ("0", False), ("", False)])
 def test_disabled(monkeypatch: Any, text: str, off: bool) -> None:
     monkeypatch.setenv("LIGER_DISABLE", text)

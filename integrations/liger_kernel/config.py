@@ -10,12 +10,11 @@ from liger_core.dispatch import Impl
 
 UPSTREAM = {  # names that frameworks and users of Liger-Kernel write
     "rms_norm": "norm",
-    "layer_norm": "norm",
     "swiglu": "mlp",
     "geglu": "mlp",
     "fused_linear_cross_entropy": "fused_head",
 }
-TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
+TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 AccumDtype = Literal["float32", "bfloat16"]
 
 
@@ -108,13 +107,13 @@ def _environment() -> dict[str, Any]:
     return {
         name: _parse(name, text)
         for name in NAMES
-        if (text := os.environ.get(f"LIGER_{name.upper()}")) is not None
+        if (text := os.environ.get(f"LIGER_{name.upper()}"))  # empty is unset
     }
 
 
 def _parse(name: str, text: str) -> Any:
     if name in ("impl", "accum_dtype"):
-        return text or None
+        return text
     if name == "memory_budget":
         try:
             return int(text)
@@ -128,9 +127,9 @@ def _parse(name: str, text: str) -> Any:
 def _flag(variable: str, text: str) -> bool:
     if text.lower() in (*TRUE, *FALSE):
         return text.lower() in TRUE
-    raise ValueError(f"{variable} must be one of {', '.join((*TRUE, *FALSE[:-1]))}, got {text!r}")
+    raise ValueError(f"{variable} must be one of {', '.join((*TRUE, *FALSE))}, got {text!r}")
 
 
 def disabled() -> bool:
     """True under LIGER_DISABLE=1: nothing is patched, whatever asks for it."""
-    return _flag("LIGER_DISABLE", os.environ.get("LIGER_DISABLE", ""))
+    return _flag("LIGER_DISABLE", os.environ.get("LIGER_DISABLE") or "0")

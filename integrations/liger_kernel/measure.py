@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["PeakMemory", "interleaved_median", "step_times"]
+__all__ = ["PeakMemory", "call_ms", "interleaved_median", "step_times"]
 
 
 class PeakMemory:
@@ -88,13 +88,12 @@ def step_times(
     """
     if repeats < 1 or not fns:
         raise ValueError(f"expected repeats >= 1 and a function, got {repeats} and {list(fns)}")
-    clock = _cuda_ms if torch.device(device).type == "cuda" else _cpu_ms
     names = list(fns)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(warmup + repeats):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            ms = clock(fns[name])
+            ms = call_ms(fns[name], device)
             if turn >= warmup:
                 times[name].append(ms)
     return times
@@ -111,13 +110,12 @@ def interleaved_median(
     return {name: statistics.median(ms) for name, ms in times.items()}
 
 
-def _cpu_ms(fn: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    fn()
-    return (time.perf_counter() - start) * 1e3
-
-
-def _cuda_ms(fn: Callable[[], object]) -> float:
+def call_ms(fn: Callable[[], object], device: torch.device | str = "cpu") -> float:
+    """Milliseconds of one call, on CUDA from an idle device until it is idle again."""
+    if torch.device(device).type != "cuda":
+        began = time.perf_counter()
+        fn()
+        return (time.perf_counter() - began) * 1e3
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()

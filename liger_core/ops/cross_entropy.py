@@ -24,7 +24,7 @@ from liger_core.dispatch import (
     triton,
     use_triton,
 )
-from liger_core.ops.labels import IGNORE_INDEX, LabelScan
+from liger_core.ops.labels import IGNORE_INDEX, LabelScan, as_labels
 
 Reduction = Literal["mean", "sum", "none"]
 TORCH_CHUNK = 64 << 20  # bytes of temporaries that the torch path works in
@@ -149,6 +149,8 @@ def _row_loss_triton(
     M, V = z.shape
     loss = z.new_empty(M, dtype=torch.float32)
     out = loss.new_empty(M) if lse is None else lse
+    if M == 0:
+        return loss, out
     BLOCK_V = min(block(V), 4096)
     target, weight = z if dz is None else dz, loss if g is None else g
     args = (
@@ -302,11 +304,11 @@ def cross_entropy(
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     o = RowLoss(ignore_index, softcap, scale, label_smoothing, z_loss)
     o.check()
-    kernels = use_triton(impl, z, y) and z.numel() > 0
+    kernels, labels = use_triton(impl, z, y) and z.numel() > 0, as_labels(y)
     if not (z.is_cuda or torch.compiler.is_compiling()):
         LabelScan(y, z.shape[-1], ignore_index).count()
     rows = z.reshape(y.numel(), z.shape[-1])
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    loss = _CrossEntropy.apply(rows, y.flatten(), o, kernels)
+    loss = _CrossEntropy.apply(rows, labels, o, kernels)
     loss = reduce_rows(loss, y, ignore_index, reduction)  # pyright: ignore
     return loss.view(y.shape) if reduction == "none" else loss

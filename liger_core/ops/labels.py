@@ -10,6 +10,13 @@ from torch import Tensor
 IGNORE_INDEX = -100
 
 
+def as_labels(y: Tensor) -> Tensor:
+    """Labels as (M,) int64; ValueError if they are not integers."""
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, got {y.dtype}; use labels.long()")
+    return y.flatten().to(torch.int64)
+
+
 class LabelScan:
     """The number of scored and of impossible labels among `y`, and the rows of the scored ones.
 
@@ -23,12 +30,11 @@ class LabelScan:
     """
 
     def __init__(self, y: Tensor, V: int, ignore_index: int = IGNORE_INDEX) -> None:
-        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-            raise ValueError(f"labels must be integers, got {y.dtype}; use labels.long()")
-        self.y, self.V, self.ignore_index = y.flatten(), V, ignore_index
+        self.y, self.V, self.ignore_index = as_labels(y), V, ignore_index
         self.scored = self.y != ignore_index
         bad = self.scored & ((self.y < 0) | (self.y >= V))
-        self._counts = torch.stack((self.scored.sum(), bad.sum())).to("cpu", non_blocking=True)
+        counts = torch.stack((self.scored.sum(), bad.sum()))
+        self._counts = counts.to("cpu", non_blocking=y.is_cuda)  # elsewhere it would be a race
         self._copied = None
         if y.is_cuda:
             self._copied = torch.cuda.Event()

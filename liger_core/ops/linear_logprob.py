@@ -37,7 +37,7 @@ from liger_core.ops.cross_entropy import (
     join,
     row_loss,
 )
-from liger_core.ops.labels import IGNORE_INDEX, LabelScan
+from liger_core.ops.labels import IGNORE_INDEX, LabelScan, as_labels
 
 MIN_BUDGET, MAX_BUDGET = 32 << 20, 1 << 30  # bytes of logits, where the caller names none
 
@@ -55,7 +55,7 @@ class _Plan(NamedTuple):
     o: RowLoss
     dtype: torch.dtype  # of the products
     dw_dtype: torch.dtype  # in which dw is summed over chunks
-    chunk: int  # rows
+    chunks: int
     need: tuple[bool, bool, bool]  # gradients of x, w, b
     kernels: bool
 
@@ -92,19 +92,23 @@ def _walk(
 
     g weighs the rows; None is 1 for each. dx is (M, H) in plan.dtype, 0 in rows not scored.
     """
+    if torch.is_autocast_enabled(x.device.type) and not torch.compiler.is_compiling():
+        with torch.autocast(x.device.type, enabled=False):  # plan.dtype says it all
+            return _walk(plan, x, w, b, y, rows, lse=lse, g=g)
     y = y if rows is None else y[rows]
-    n, (V, H) = y.shape[0], w.shape
+    n, V = y.shape[0], w.shape[0]
     need_dx, need_dw, need_db = plan.need
     w, b = w.to(plan.dtype), None if b is None else b.to(plan.dtype)
     make_dx = x.new_empty if rows is None else x.new_zeros
     dx = make_dx(x.shape, dtype=plan.dtype) if need_dx else None
     dw, db = None, None
     parts: list[tuple[Tensor, Tensor]] = []
-    buffer = x.new_empty(min(plan.chunk, n), V, dtype=plan.dtype)
-    for start in range(0, n, plan.chunk):
-        part = slice(start, min(start + plan.chunk, n))
+    chunk = _chunk_rows(n, plan.chunks)
+    buffer = x.new_empty(chunk, V, dtype=plan.dtype)
+    for i in range(plan.chunks):
+        part = slice(min(i * chunk, n), min((i + 1) * chunk, n))
         x_c = (x[part] if rows is None else x[rows[part]]).to(plan.dtype)
-        z = buffer[: part.stop - start]
+        z = buffer[: part.stop - part.start]
         torch.mm(x_c, w.T, out=z) if b is None else torch.addmm(b, x_c, w.T, out=z)
         parts.append(
             row_loss(
@@ -123,11 +127,6 @@ def _walk(
         if need_db:
             db_c = z.sum(0, dtype=plan.dw_dtype)
             db = db_c if db is None else db.add_(db_c)
-    if not parts:
-        none = x.new_zeros(0, dtype=accumulate_dtype(plan.dtype))
-        parts = [(none, none)]
-        dw = w.new_zeros(V, H, dtype=plan.dw_dtype) if need_dw else None
-        db = w.new_zeros(V, dtype=plan.dw_dtype) if need_db else None
     return *join(parts), _Grads(dx, dw, db)
 
 
@@ -146,10 +145,10 @@ def _scaled(t: Tensor | None, s: Tensor, like: Tensor | None, own: bool) -> Tens
     """
     if t is None or like is None:
         return None
+    if own and t.dtype == s.dtype:
+        return t.mul_(s).to(like.dtype)
     if not own or t.dtype != like.dtype:
-        return (t.to(accumulate_dtype(t.dtype)) * s).to(like.dtype)
-    if t.dtype == s.dtype:
-        return t.mul_(s)
+        return (t.to(s.dtype) * s).to(like.dtype)
     if HAS_TRITON and t.is_cuda and t.is_contiguous():
         launch(_scale_kernel, (-(-t.numel() // 4096), 1, 1), 8, (t, s, t.numel()), 4096)
         return t
@@ -201,22 +200,36 @@ class _LinearRowLoss(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w, b, y, rows, lse = ctx.saved_tensors
         g = g if rows is None else g[rows]
-        s = g.abs().amax() if g.numel() else g.new_ones(())
-        s = s.masked_fill(s == 0, 1.0)  # unit-scaled for fp16's sake; scaled after the products
+        # Unit-scaled for fp16's sake, and scaled after the products; a bad row stays its own.
+        s = g.abs().nan_to_num(0.0, 0.0).amax() if g.numel() else g.new_ones(())
+        s = s.masked_fill(s == 0, 1.0)
         unit = _walk(ctx.plan, x, w, b, y, rows, lse=lse, g=g / s)[2]
         own = not torch.compiler.is_compiling()
         grads = (_scaled(t, s, like, own) for t, like in zip(unit, (x, w, b), strict=True))
         return *grads, None, None, None
 
 
-def _chunk_rows(n: int, V: int, itemsize: int, budget: int | None) -> int:
-    """Rows whose logits fit the budget: a multiple of 128 where that fits, evenly spread."""
+def _chunk_count(n: int, V: int, itemsize: int, budget: int | None) -> int:
+    """Into how many chunks n rows go, for each one's logits to fit the budget.
+
+    Under torch.compile n is a symbol and the count is guarded on, so that one graph serves many n.
+    """
+    if budget is None and torch.compiler.is_compiling():
+        return max(4, -(-n // max(MAX_BUDGET // (V * itemsize), 1)))
     if budget is None:
         budget = min(max(n * V * itemsize // 4, MIN_BUDGET), MAX_BUDGET)
     most = max(budget // (V * itemsize), 1)
     most = most // 128 * 128 if most > 128 else most
-    even = -(-n // max(-(-n // most), 1))
-    return max(min(-(-even // 128) * 128, most), 1)
+    return max(-(-n // most), 1)
+
+
+def _chunk_rows(n: int, chunks: int) -> int:
+    """Rows a chunk, evenly spread; a multiple of 128 where that costs no chunk."""
+    rows = -(-n // chunks)
+    if torch.compiler.is_compiling():
+        return rows
+    round_rows = -(-rows // 128) * 128
+    return round_rows if rows > 128 and (chunks - 1) * round_rows < n else rows
 
 
 def _plan(
@@ -231,14 +244,14 @@ def _plan(
             f"x, w and b must have one dtype outside of autocast, got x {x.dtype}, w {w.dtype}"
             f"{'' if b is None else f', b {b.dtype}'}; convert them or use torch.autocast"
         )
-    chunk = _chunk_rows(n, w.shape[0], dtype.itemsize, memory_budget)
+    chunks = _chunk_count(n, w.shape[0], dtype.itemsize, memory_budget)
     # dw may be rounded four times in bf16 and stay as exact as torch; fp16 would overflow
-    narrow = w.dtype == torch.bfloat16 and -(-n // chunk) <= 4
+    narrow = w.dtype == torch.bfloat16 and chunks <= 4
     dw_dtype = accum_dtype or (w.dtype if narrow else accumulate_dtype(w.dtype))
     wanted = torch.is_grad_enabled()
     need = tuple(wanted and t is not None and t.requires_grad for t in (x, w, b))
     kernels = use_triton(impl, x, w, b) and n > 0
-    return _Plan(o, dtype, dw_dtype, chunk, need, kernels)  # pyright: ignore
+    return _Plan(o, dtype, dw_dtype, chunks, need, kernels)  # pyright: ignore
 
 
 def _checked(
@@ -261,7 +274,7 @@ def _checked(
     rows = None
     if compact and not torch.compiler.is_compiling():
         rows = (labels or LabelScan(y, w.shape[0], o.ignore_index)).rows()
-    return x.reshape(-1, x.shape[-1]), y.flatten(), rows
+    return x.reshape(-1, x.shape[-1]), as_labels(y), rows
 
 
 def linear_cross_entropy(
@@ -316,6 +329,8 @@ def linear_cross_entropy(
     n = y1.shape[0] if rows is None else rows.shape[0]
     plan = _plan(x2, w, b, n, o, memory_budget, accum_dtype, impl)
     if reduction == "none":
+        if total is not None:
+            raise ValueError("total divides the sum; reduction='none' has none, leave it out")
         return _LinearRowLoss.apply(x2, w, b, y1, rows, plan).view(y.shape)  # pyright: ignore
     if total is None and reduction == "mean":
         total = (y1 != ignore_index).sum().clamp_min(1) if rows is None else None

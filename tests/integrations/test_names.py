@@ -115,6 +115,15 @@ def test_the_first_patch_of_an_instance_stays(caplog: Any) -> None:
     assert lk.patch_of(model) is first and "already patched" in caplog.text
 
 
+def test_what_frameworks_pass_besides(caplog: Any) -> None:
+    """Options of other families and None for what is unset, as Axolotl and others hand them on."""
+    model = build()
+    lk._apply_liger_kernel_to_instance(model=model, layer_norm=False, geglu=True, rope=None)
+    patch = lk.patch_of(model)
+    assert patch is not None and patch.config.norm and patch.config.mlp and not patch.config.rope
+    assert "llama has no option layer_norm, geglu; ignored" in caplog.text
+
+
 def test_unknown_model_types_are_logged(caplog: Any) -> None:
     caplog.set_level("INFO")
     lk._apply_liger_kernel("mamba")

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import liger_kernel.transformers.patch as patching
+from liger_core import rope
 from liger_kernel import LigerConfig
 from liger_kernel.transformers import apply, patch_of
 from tiny import V, assert_same, batch, build, step
@@ -57,6 +58,31 @@ def test_each_part_is_replaced_alone_and_is_called(part: str, monkeypatch: Any) 
     monkeypatch.setattr("liger_kernel.transformers.head.linear_cross_entropy", broken)
     with pytest.raises(ZeroDivisionError):
         step(model)
+
+
+@pytest.mark.parametrize("name", ["norm eps", "activation", "rope sign", "rope of q", "rope"])
+def test_a_wrong_replacement_shows(name: str, monkeypatch: Any) -> None:
+    """The comparison bites: each fault of a replaced op makes it fail."""
+    model = build(hidden_act="gelu")
+    want = step(model)
+    rotary = "liger_kernel.transformers.rope.rope"
+    if name == "norm eps":
+        right = patching.rms_norm
+        monkeypatch.setattr(
+            patching, "rms_norm", lambda x, w, eps, **kw: right(x, w, eps * 1.01, **kw)
+        )
+    elif name == "activation":
+        right = patching.glu
+        monkeypatch.setattr(patching, "glu", lambda g, u, act, **kw: right(g, u, "gelu_tanh", **kw))
+    elif name == "rope sign":
+        monkeypatch.setattr(rotary, lambda q, k, c, s, **kw: rope(q, k, c, -s))
+    elif name == "rope of q":
+        monkeypatch.setattr(rotary, lambda q, k, c, s, **kw: (rope(q, k, c, s)[0], k))
+    else:
+        monkeypatch.setattr(rotary, lambda q, k, c, s, **kw: (q, k))
+    apply(model)
+    with pytest.raises(AssertionError):
+        assert_same(step(model), want)
 
 
 def test_revert_leaves_no_trace() -> None:
@@ -112,6 +138,7 @@ def test_models_without_a_language_model_head(auto: Any, head: str) -> None:
     model = build(auto)
     patch = apply(model)
     assert head in patch.left["fused_head"] and "left as it is" in str(patch)
+    assert not apply(build(auto), dict(fused_head=False, strict=True)).left
     assert {c.before for c in patch.changes} == KINDS - {"Linear"}
     with pytest.raises(ValueError, match="fused_head cannot be patched"):
         apply(build(auto), dict(strict=True))
@@ -151,7 +178,7 @@ def test_a_forward_that_is_replaced_already_is_refused_whole() -> None:
     model = build()
     model.model.norm.forward = model.model.norm.forward
     before = state(model)
-    with pytest.raises(RuntimeError, match="LlamaRMSNorm's forward is already replaced"):
+    with pytest.raises(RuntimeError, match=r"model.norm \(LlamaRMSNorm\) has had its forward"):
         apply(model)
     assert state(model) == before
 
@@ -173,6 +200,17 @@ def test_triton_without_a_gpu_is_refused_at_once(monkeypatch: Any) -> None:
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match=r"impl='triton' needs a GPU.*use impl='auto'"):
         apply(build(), dict(impl="triton"))
+
+
+def test_compiles_whole_and_once_for_all_lengths() -> None:
+    model, ids = build(), torch.randint(3, V, (2, 40))
+    apply(model)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for length in range(20, 40):
+        step(compiled, input_ids=ids[:, :length], labels=ids[:, :length])
+    assert counter.frame_count <= 4
 
 
 def test_compiles_whole_and_once() -> None:
@@ -246,6 +284,75 @@ def test_lora_on_the_head_is_left_to_the_model() -> None:
     want = step(model)
     patch = apply(model)
     assert "more than a matrix product" in patch.left["fused_head"]
+    assert_same(step(model), want, width=V)
+
+
+def test_a_patched_part_is_taken_over() -> None:
+    model = build()
+    want, before = step(model), state(model)
+    apply(model.model)
+    patch = apply(model)
+    assert_same(step(model), want)
+    patch.revert()
+    assert state(model) == before
+    apply(model.model, dict(rope=False))
+    with pytest.raises(ValueError, match=r"model is already patched with .*rope=False"):
+        apply(model)
+
+
+def test_a_compiled_model_is_patched_inside() -> None:
+    model = build()
+    want = step(model)
+    compiled = torch.compile(model, backend="eager")
+    patch = apply(compiled)
+    assert patch_of(model) is patch
+    assert_same(step(compiled), want)
+
+
+def test_accelerates_hooks_stay_in_place() -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    calls: list[str] = []
+
+    class Count(ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            calls.append(type(module).__name__)
+            return args, kwargs
+
+    model = build()
+    want = step(model)
+    for module in (model.lm_head, model.model.norm, model.model.layers[0].mlp):
+        add_hook_to_module(module, Count())
+    patch = apply(model)
+    assert_same(step(model), want)
+    assert sorted(calls) == ["Linear", "LlamaMLP", "LlamaRMSNorm"]
+    patch.revert()
+    assert_same(step(model), want, width=V)
+
+
+def test_a_replica_of_data_parallel_is_refused() -> None:
+    model = build()
+    apply(model)
+    replica = model._replicate_for_data_parallel()
+    replica.lm_head = model.lm_head
+    with pytest.raises(RuntimeError, match=r"nn.DataParallel.*torchrun"):
+        replica(input_ids=batch()[0], labels=batch()[1])
+
+
+def test_another_attention_forward_is_followed(monkeypatch: Any) -> None:
+    model = build()
+    with apply(model):
+        step(model)
+    right = modeling.LlamaAttention.forward
+
+    def forward(self: Any, hidden_states: Any, position_embeddings: Any = None, **kwargs: Any):
+        apply_rotary_pos_emb  # noqa: B018, F821
+        return right(self, hidden_states * 2, position_embeddings, **kwargs)
+
+    monkeypatch.setattr(modeling.LlamaAttention, "forward", forward)
+    forward.__globals__["apply_rotary_pos_emb"] = None
+    want = step(model)
+    apply(model, dict(norm=False, mlp=False, fused_head=False))
     assert_same(step(model), want, width=V)
 
 

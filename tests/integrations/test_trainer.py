@@ -1,5 +1,6 @@
 """HF Trainer by one flag: the numbers stay those of the plain run."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,13 @@ def test_evaluation_and_prediction(tmp_path: Path) -> None:
     assert patched.predict(Rows()).predictions.shape == (12, 16, V)
 
 
+def test_a_loss_on_logits_is_evaluated_too(tmp_path: Path) -> None:
+    """With label smoothing Trainer takes the labels out and asks for no logits all the same."""
+    _, plain = train(tmp_path, label_smoothing_factor=0.1)
+    _, patched = train(tmp_path, label_smoothing_factor=0.1, use_liger=True)
+    assert patched.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-4)
+
+
 def test_a_second_train_keeps_the_patch(tmp_path: Path) -> None:
     _, trainer = train(tmp_path, use_liger=True)
     first = patch_of(trainer.model)
@@ -91,6 +99,7 @@ def test_the_command_line() -> None:
     assert not parse().use_liger and parse("--use_liger").use_liger
     args = parse("--use_liger", "True", "--liger_config", '{"rope": false}')
     assert args.use_liger_kernel and args.liger_kernel_config["rope"] is False
+    assert dataclasses.replace(args, seed=1).liger_kernel_config == args.liger_kernel_config
     assert json.loads(args.to_json_string())["liger_config"] == {"rope": False}
 
 

@@ -10,7 +10,7 @@ V = 97
 TINY = dict(
     vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    rms_norm_eps=0.1,
+    rms_norm_eps=0.1, initializer_range=0.3,  # at 0.02 neither attention nor activations matter
 )  # fmt: skip
 
 
@@ -42,4 +42,7 @@ def assert_same(got: Any, want: Any, width: int = 0) -> None:
     """Equal loss and gradients, and logits of the width expected: 0 where the head is fused."""
     assert got[0].logits.shape[-1] == width
     torch.testing.assert_close(got[0].loss, want[0].loss)
-    torch.testing.assert_close(got[1], want[1])
+    assert got[1].keys() == want[1].keys()
+    for name, gradient in want[1].items():
+        error = (got[1][name] - gradient).norm()
+        assert error <= 1e-5 * gradient.norm(), f"{name}: {error:.1e} of {gradient.norm():.1e}"

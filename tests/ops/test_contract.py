@@ -114,7 +114,7 @@ def test_a_second_derivative_is_refused(case: Case, impl: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @brief
-def test_compiles_whole_and_once_for_all_lengths(case: Case) -> None:
+def test_compiles_whole(case: Case) -> None:
     """On a CPU the torch path with no backend; on a GPU the kernels through Inductor."""
     torch._dynamo.reset()
     compiled = torch.compile(

@@ -1,13 +1,16 @@
 """Labels and logits that trip up losses, and the memory that they were made to save."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from cases import labels
 from liger_core import LabelScan, cross_entropy, linear_cross_entropy, linear_logprob
-from liger_core.ops.linear_logprob import _chunk_rows
+from liger_core.ops.linear_logprob import _chunk_count, _chunk_rows
 from numerics import DEVICE, GPU
 
 both = pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -146,6 +149,26 @@ def test_a_total_divides_the_sum(impl: str) -> None:
 
 
 @both
+def test_a_bad_upstream_row_stays_its_own(impl: str) -> None:
+    x, w = operands()
+    g = torch.ones(M, device=DEVICE)
+    g[2], g[3] = torch.nan, torch.inf
+    linear_logprob(x, w, torch.arange(M, device=DEVICE), impl=impl).backward(g)  # pyright: ignore
+    assert x.grad is not None
+    assert x.grad.isfinite().all(-1).tolist() == [i not in (2, 3) for i in range(M)]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+@both
+def test_every_integer_dtype_of_labels(dtype: torch.dtype, impl: str) -> None:
+    x, w = operands()
+    y = torch.arange(M, device=DEVICE)
+    for loss in (linear_cross_entropy(x, w, y.to(dtype), impl=impl),  # pyright: ignore
+                 cross_entropy(x @ w.T, y.to(dtype), impl=impl)):  # fmt: skip # pyright: ignore
+        torch.testing.assert_close(loss, F.cross_entropy(x @ w.T, y))
+
+
+@both
 def test_leading_dimensions_and_an_earlier_scan(impl: str) -> None:
     x, w = operands()
     y = labels(M, V).view(3, 3)
@@ -154,6 +177,22 @@ def test_leading_dimensions_and_an_earlier_scan(impl: str) -> None:
     assert got.shape == (3, 3) and scan.count() == int((y != -100).sum())
     want = -F.cross_entropy(x @ w.T, y.flatten(), reduction="none").view(3, 3)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+@pytest.mark.parametrize("op", [linear_cross_entropy, linear_logprob], ids=lambda op: op.__name__)
+def test_compiles_once_for_all_lengths(op: Callable[..., Tensor]) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor" if GPU else "aot_eager")
+    compiled = torch.compile(op, fullgraph=True, backend=counter)
+    _, w = operands()
+    for length in range(20, 40):
+        x, y = torch.randn(length, H, device=DEVICE, requires_grad=True), labels(length, V)
+        got, want = compiled(x, w, y), op(x, w, y)
+        torch.testing.assert_close(got, want)
+        for a, b in zip(*(torch.autograd.grad(o.sum(), (x, w)) for o in (got, want)), strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count <= 3
 
 
 def test_no_gradient_is_computed_under_no_grad() -> None:
@@ -192,6 +231,7 @@ def test_autocast_errs_no_more_than_torch(dtype: torch.dtype) -> None:
         (dict(label_smoothing=1.5), r"label_smoothing must lie in \[0, 1\]"),
         (dict(reduction="avg"), "reduction must be"),
         (dict(impl="cuda"), "impl must be"),
+        (dict(reduction="none", total=torch.ones(())), "total divides the sum"),
     ],
 )
 def test_what_does_not_fit_is_said(kw: dict, match: str) -> None:
@@ -201,11 +241,14 @@ def test_what_does_not_fit_is_said(kw: dict, match: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "n, V, budget", [(1, 50257, None), (16384, 128256, None), (300, 7, 1), (1000, 1000, 10**6)]
+    "n, V, budget",
+    [(1, 50257, None), (16384, 128256, None), (300, 7, 1), (1000, 1000, 10**6), (520, 99, 40000)],
 )
 def test_chunks_fit_the_budget(n: int, V: int, budget: int | None) -> None:
-    rows = _chunk_rows(n, V, 2, budget)
+    chunks = _chunk_count(n, V, 2, budget)
+    rows = _chunk_rows(n, chunks)
     assert rows >= 1 and (rows == 1 or rows * V * 2 <= (budget or max(32 << 20, n * V // 2)))
+    assert (chunks - 1) * rows < n <= chunks * rows, "a chunk is empty, or one is missing"
 
 
 @pytest.mark.skipif(GPU, reason="the allocator's own figures: see benchmarks/training_step.py")

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from liger_kernel.config import NAMES, UPSTREAM
@@ -33,6 +32,7 @@ class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
         return _patched(super().from_config(config, **kwargs), options)
 
 
-def _patched(model: Any, options: dict[str, Any]) -> nn.Module:
+def _patched(loaded: Any, options: dict[str, Any]) -> Any:
+    model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
     _apply_liger_kernel_to_instance(model=model, **options)
-    return model
+    return loaded

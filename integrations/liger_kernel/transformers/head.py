@@ -12,7 +12,9 @@ The sum is 0, and makes every hook on lm_head's output run in backward, before l
 """
 
 import inspect
+import itertools
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -45,12 +47,35 @@ class Note:
         self.y = self.total = self.scan = self.loss = None
 
 
+class Ticket:
+    """What lm_head holds in place of its note; a copy of the module gets a ticket of its own.
+
+    The notes themselves are kept here: torch.compile takes a tensor that hangs on a module to have
+    one shape for ever, and would recompile for every length of the labels.
+    """
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+        _notes[self.number] = Note()
+        weakref.finalize(self, _notes.pop, self.number, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Ticket":
+        return Ticket()
+
+    def __reduce__(self) -> tuple[type["Ticket"], tuple[()]]:
+        return Ticket, ()
+
+
+_notes: dict[int, Note] = {}
+_numbers = itertools.count()
+
+
 def noted(head: nn.Module | None) -> tuple[nn.Module, Note] | None:
     """The fused module whose output `head` returns and its note; None where there is none."""
     at: Any = head
     while at is not None:
-        if (note := vars(at).get("_liger_note")) is not None:
-            return at, note
+        if (ticket := vars(at).get("_liger_ticket")) is not None:
+            return at, _notes[ticket.number]
         inner = at._modules
         if "modules_to_save" in inner:  # PEFT; the condition is that of its own forward
             name = None if at.disable_adapters else next(iter(at.active_adapters), None)
@@ -70,8 +95,12 @@ def leave_note(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         y = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
     elif y is not None and labels is None:
         kwargs["labels"] = y  # or the model would not call loss_function
-    if skip_logits and y is None:
-        raise ValueError("skip_logits=True needs labels or shift_labels")
+    if getattr(model, "_is_replica", False):
+        raise RuntimeError(
+            "nn.DataParallel shares one patched model among its GPUs' threads; start one process a "
+            "GPU with torchrun or accelerate launch, or show one GPU with CUDA_VISIBLE_DEVICES=0"
+        )
+    # Trainer asks for no logits and takes the labels out where a loss of its own needs logits
     fuse = y is not None and (model.training if skip_logits is None else skip_logits)
     if (found := noted(model.get_output_embeddings())) is None:  # pyright: ignore
         if fuse:
@@ -108,7 +137,7 @@ def forward(
     head: nn.Linear, below: Callable[[Tensor], Tensor] | None, config: LigerConfig, x: Tensor
 ) -> Tensor:
     """Replaces lm_head's forward. `below` is the instance's own one, where it had one."""
-    note: Note = vars(head)["_liger_note"]
+    note = _notes[vars(head)["_liger_ticket"].number]
     if (y := note.y) is None:
         return type(head).forward(head, x) if below is None else below(x)
     total, scan = note.total, note.scan
@@ -160,6 +189,11 @@ def causal_lm_loss(
     return loss if total is None else loss / torch.as_tensor(total, device=loss.device)
 
 
+def own_forward(module: nn.Module) -> str:
+    """The attribute that a replacement goes to: accelerate's hooks keep what they wrap apart."""
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
+
+
 def _sites(head: nn.Module) -> list[nn.Linear]:
     """The plain linear modules that may be the head's own product."""
     inner: Any = head._modules
@@ -174,11 +208,11 @@ def _sites(head: nn.Module) -> list[nn.Linear]:
 
 def fuse(patch: Any, model: nn.Module, config: LigerConfig) -> str | None:
     """Fuse the model's head into `patch`, or say why not. Without `fused_head`: its loss alone."""
+    if not (config.fused_head or config.cross_entropy):
+        return None
     head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         return "the model has no language-model head"
-    if not (config.fused_head or config.cross_entropy):
-        return None
     original: Any = model.loss_function
     if getattr(original, "__name__", "") != "ForCausalLMLoss":
         return f"the model's loss is {getattr(original, '__name__', original)}, not ForCausalLMLoss"
@@ -187,10 +221,9 @@ def fuse(patch: Any, model: nn.Module, config: LigerConfig) -> str | None:
             return f"{type(head).__name__} is more than a matrix product"
         paths = {module: path for path, module in model.named_modules()}
         for site in sites:
-            below = vars(site).get("forward")
-            patch.set(site, "_liger_note", Note())
-            patch.set(site, "forward", partial(forward, site, below, config))
-            patch.record(paths[site], site, "fused linear cross entropy")
+            patch.set(site, "_liger_ticket", Ticket())
+            replacement = partial(forward, site, vars(site).get(own_forward(site)), config)
+            patch.replace(paths[site], site, replacement, "fused linear cross entropy")
         patch.undo(model.register_forward_pre_hook(leave_note, with_kwargs=True).remove)
     if config.cross_entropy:
         patch.record("", model, "cross entropy")

@@ -6,6 +6,7 @@ are, each as an instance, by a wrapper around their classes' constructors that `
 
 import functools
 import importlib
+import inspect
 import logging
 import threading
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from liger_kernel.config import LigerConfig
+from liger_kernel.config import NAMES, UPSTREAM, LigerConfig
 from liger_kernel.transformers.patch import Patch, apply, patch_of
 
 logger = logging.getLogger(__name__)
@@ -155,14 +156,20 @@ def _apply_liger_kernel(model_type: str, **kwargs: Any) -> None:
 def _apply_liger_kernel_to_instance(model: nn.Module, **kwargs: Any) -> None:
     """What `transformers.TrainingArguments(use_liger_kernel=True)` calls, with liger_kernel_config.
 
-    Options are LigerConfig's fields or upstream's names. A model type without a recipe is logged
-    and left alone; the first patch of a model stays.
+    Options are LigerConfig's fields or those of the family's `apply_liger_kernel_to_*`, None for
+    False; others are logged and ignored. A model type without a recipe is logged and left alone;
+    the first patch of a model stays.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+    if (fn := MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)) is None:  # pyright: ignore
         known = ", ".join(MODEL_TYPE_TO_APPLY_LIGER_FN)
         logger.warning(
             "no recipe for model type %r, the model is not patched; known: %s", model_type, known
         )
         return
-    _keep_first(model, LigerConfig.of(kwargs))
+    names = (*inspect.signature(fn).parameters, *NAMES)
+    if dropped := [name for name in kwargs if name not in names]:
+        logger.warning("%s has no option %s; ignored", model_type, ", ".join(dropped))
+    flags = set(UPSTREAM) | {"rope", "cross_entropy"}  # of which frameworks leave some at None
+    options = {n: bool(v) if n in flags else v for n, v in kwargs.items() if n in names}
+    _keep_first(model, LigerConfig.of(options))

@@ -61,6 +61,11 @@ class Patch:
         """Have `revert` make this call."""
         self._undo.append(call)
 
+    def replace(self, path: str, module: nn.Module, new: object, after: str) -> None:
+        """Put `new` in place of the module's forward."""
+        self.set(module, head.own_forward(module), new)
+        self.record(path, module, after)
+
     def record(self, path: str, module: nn.Module, after: str) -> None:
         """Note a replacement for the report."""
         self.changes.append(Change(path, type(module).__name__, after))
@@ -113,29 +118,31 @@ def _glu(module: Any, act: Activation, impl: Impl, x: Tensor) -> Tensor:
 
 
 def _attention(module: nn.Module, impl: Impl, *args: Any, **kwargs: Any) -> Any:
-    key = type(module), impl
-    if key not in _WITH_ROTARY:  # a model that was unpickled
-        _WITH_ROTARY[key] = _with_rotary(*key)
+    if (key := (type(module), impl)) not in _WITH_ROTARY:  # a model that was unpickled
+        _rebind(*key)
     return _WITH_ROTARY[key](module, *args, **kwargs)
 
 
 _WITH_ROTARY: dict[tuple[type, Impl], types.FunctionType] = {}  # torch.compile cannot trace a cache
 
 
-def _with_rotary(cls: type, impl: Impl) -> types.FunctionType:
-    """`cls.forward` over a copy of its globals in which apply_rotary_pos_emb is ours.
+def _rebind(cls: type, impl: Impl) -> None:
+    """Keep `cls.forward` over a copy of its globals in which apply_rotary_pos_emb is ours.
 
     The copy is a module of its own: torch.compile looks globals up by the module's name.
     """
     fn = cast(types.FunctionType, cls.forward)  # pyright: ignore
-    copy = types.ModuleType(f"{fn.__module__}_liger_{impl}")
-    name = copy.__name__
+    there = _WITH_ROTARY.get((cls, impl))
+    if there is not None and there.__code__ is fn.__code__:
+        return
+    name = f"{fn.__module__}_liger_{cls.__name__}_{impl}"
+    copy = types.ModuleType(name)
     vars(copy).update(fn.__globals__, __name__=name)
     vars(copy)["apply_rotary_pos_emb"] = partial(liger_rotary_pos_emb, impl=impl)
     sys.modules[name] = copy
     own = types.FunctionType(fn.__code__, vars(copy), fn.__name__, fn.__defaults__, fn.__closure__)
     own.__kwdefaults__ = fn.__kwdefaults__
-    return own
+    _WITH_ROTARY[cls, impl] = own
 
 
 def _calls_rotary(cls: type) -> bool:
@@ -155,18 +162,16 @@ def _layers(patch: Patch, recipe: Recipe) -> None:
         elif cls == recipe.glu.cls and config.mlp and act:
             new, op = partial(_glu, module, act, impl), f"glu[{act}]"
         elif cls == recipe.attention and config.rope and _calls_rotary(type(module)):
-            _WITH_ROTARY.setdefault((type(module), impl), _with_rotary(type(module), impl))
+            _rebind(type(module), impl)
             new, op = partial(_attention, module, impl), "rope"
         else:
             continue
-        # accelerate's device hooks keep the forward that they wrap here
-        attr = "_old_forward" if "_old_forward" in vars(module) else "forward"
-        if attr == "forward" and attr in vars(module):
+        if head.own_forward(module) == "forward" and "forward" in vars(module):
             raise RuntimeError(
-                f"a {cls}'s forward is already replaced by {vars(module)[attr]!r}; undo that first"
+                f"{path} ({cls}) has had its forward replaced already, by "
+                f"{type(vars(module)['forward']).__name__}; undo that first"
             )
-        patch.set(module, attr, new)
-        patch.record(path, module, op)
+        patch.replace(path, module, new, op)
         found.add(cls)
     wanted = {
         recipe.norm.cls: (config.norm, "norm", ""),
@@ -189,7 +194,21 @@ def patch_of(model: nn.Module) -> Patch | None:
 
 
 def _bare(model: Any) -> nn.Module:
+    """Without what torch.compile and PEFT put around it."""
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _take_over(model: nn.Module, config: LigerConfig) -> None:
+    """Revert the patches of parts of the model, which the whole one's will include."""
+    for path, module in model.named_modules():
+        if (part := vars(module).get("_liger_patch")) is not None:
+            if part.config != config:
+                raise ValueError(
+                    f"{path or 'the model'} is already patched with {part.config}; revert() that "
+                    f"before applying {config}"
+                )
+            part.revert()
 
 
 def apply(model: nn.Module, config: LigerConfig | Mapping[str, Any] | str | None = None) -> Patch:
@@ -212,13 +231,8 @@ def apply(model: nn.Module, config: LigerConfig | Mapping[str, Any] | str | None
     if disabled():
         patch.left["everything"] = "LIGER_DISABLE is set"
         return patch
-    if (there := patch_of(model)) is not None:
-        if there.config == config:
-            return there
-        raise ValueError(
-            f"the model is already patched with {there.config}; revert() that before applying "
-            f"{config}"
-        )
+    if (there := patch_of(model)) is not None and there.config == config:
+        return there
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if (recipe := RECIPES.get(model_type)) is None:  # pyright: ignore
         raise ValueError(
@@ -227,6 +241,7 @@ def apply(model: nn.Module, config: LigerConfig | Mapping[str, Any] | str | None
         )
     if config.impl == "triton" and not torch.cuda.is_available():
         use_triton("triton", torch.empty(0))  # raises, unless interpreted
+    _take_over(model, config)
     try:
         _layers(patch, recipe)
         if (why := head.fuse(patch, model, config)) is not None:

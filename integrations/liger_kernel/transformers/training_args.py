@@ -38,8 +38,8 @@ class TrainingArguments(transformers.TrainingArguments):
             if self.liger_config is not None:
                 raise ValueError("liger_config is given but use_liger is not; pass use_liger=True")
             return
-        if self.liger_config is not None and self.liger_kernel_config is not None:
-            raise ValueError("give liger_config or liger_kernel_config, not both")
         given = self.liger_kernel_config if self.liger_config is None else self.liger_config
-        self.use_liger_kernel = True
-        self.liger_kernel_config = LigerConfig.of(given).to_dict()
+        config = LigerConfig.of(given).to_dict()
+        if self.liger_kernel_config not in (None, given, config):  # equal in a dataclasses.replace
+            raise ValueError("give liger_config or liger_kernel_config, not both")
+        self.use_liger_kernel, self.liger_kernel_config = True, config
