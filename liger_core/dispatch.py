@@ -144,6 +144,13 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """A forward's result in dtype. torch 2.11's Dynamo loses the gradient of a `.to` that does not
+    convert, where an autograd.Function returns it.
+    """
+    return y if y.dtype == dtype else y.to(dtype)
+
+
 def as_rows(x: Tensor) -> tuple[Tensor, int]:
     """x as kernels walk it: rows of the last dimension, and the elements between them.
 

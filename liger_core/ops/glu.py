@@ -22,6 +22,7 @@ from liger_core.dispatch import (
     as_rows,
     block,
     launch,
+    rounded,
     tl,
     triton,
     use_triton,
@@ -35,7 +36,7 @@ def glu_ref(g: Tensor, u: Tensor, act: Activation = "silu") -> Tensor:
     acc = accumulate_dtype(g.dtype)
     gf = g.to(acc)
     a = F.silu(gf) if act == "silu" else F.gelu(gf, approximate=_APPROXIMATE[act])
-    return (a * u.to(acc)).to(g.dtype)
+    return rounded(a * u.to(acc), g.dtype)
 
 
 _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}

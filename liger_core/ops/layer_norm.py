@@ -19,6 +19,7 @@ from liger_core.dispatch import (
     block,
     fp32,
     launch,
+    rounded,
     row_warps,
     sm_count,
     tl,
@@ -132,7 +133,7 @@ def _fwd_torch(x: Tensor, w: Tensor, b: Tensor | None, eps: float) -> tuple[Tens
     xhat = xf - mean
     rstd = torch.rsqrt(xhat.square().mean(-1, keepdim=True) + eps)
     y = xhat * rstd * w.to(acc)
-    return (y if b is None else y + b.to(acc)).to(x.dtype), mean, rstd
+    return rounded(y if b is None else y + b.to(acc), x.dtype), mean, rstd
 
 
 def _bwd_torch(

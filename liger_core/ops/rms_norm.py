@@ -18,6 +18,7 @@ from liger_core.dispatch import (
     block,
     fp32,
     launch,
+    rounded,
     row_warps,
     sm_count,
     tl,
@@ -126,7 +127,7 @@ def _fwd_torch(
     xhat = xf * rstd
     if casting == "llama":
         return (w + offset) * xhat.to(x.dtype), rstd
-    return (xhat * (w.to(xf.dtype) + offset)).to(x.dtype), rstd
+    return rounded(xhat * (w.to(xf.dtype) + offset), x.dtype), rstd
 
 
 def _bwd_torch(

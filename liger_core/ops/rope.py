@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from liger_core.dispatch import Impl, accumulate_dtype, block, launch, tl, triton, use_triton
+from liger_core.dispatch import (
+    Impl,
+    accumulate_dtype,
+    block,
+    launch,
+    rounded,
+    tl,
+    triton,
+    use_triton,
+)
 
 
 def rope_ref(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +121,7 @@ def _rope_torch(
         y1, y2 = (y := torch.empty_like(x, dtype=acc)).chunk(2, -1)
         y1.copy_(x1).mul_(cos1).addcmul_(x2, sin1, value=-1)
         y2.copy_(x2).mul_(cos2).addcmul_(x1, sin2)
-        return y.to(x.dtype)
+        return rounded(y, x.dtype)
 
     return turn(q), turn(k)
 
