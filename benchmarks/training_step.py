@@ -114,7 +114,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     step = Step(model.to(device).train(), args.batch, args.length)
-    report = {"setting": {k: str(v) for k, v in vars(args).items()}, **machine(device)}
+    report = {"setting": {k: v for k, v in vars(args).items() if k != "out"}, **machine(device)}
     report["no_checkpointing"] = compare(step, args.repeats, args.warm_up)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     report["checkpointing"] = compare(step, args.repeats, args.warm_up)
