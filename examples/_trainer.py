@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import math
 import platform
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 import liger_kernel
-from liger_kernel.measure import PeakMemory
-from liger_kernel.transformers import TrainingArguments
+from liger_kernel.measure import PeakMemory, call_ms
+from liger_kernel.transformers import TrainingArguments, apply, patch_of
 
 
 def weights_dtype(settings: Settings) -> torch.dtype:
@@ -123,18 +124,42 @@ def versions() -> dict[str, str]:
     return found
 
 
+def forward_backward(trainer: Trainer, batch: Tensor) -> None:
+    """One training step of `batch` without the optimizer's."""
+    model: Any = trainer.model_wrapped
+    predicted = torch.tensor(batch.numel() - len(batch), device=trainer.args.device)
+    inputs = {"input_ids": batch, "labels": batch}
+    trainer.training_step(model, inputs, num_items_in_batch=predicted)
+
+
 def step_memory(trainer: Trainer, batch: Tensor) -> float:
     """MiB that forward and backward of `batch` take beyond what is there between steps."""
     model: Any = trainer.model_wrapped
-    predicted = torch.tensor(batch.numel() - len(batch), device=trainer.args.device)
-
-    def step() -> None:
-        inputs = {"input_ids": batch, "labels": batch}
-        trainer.training_step(model, inputs, num_items_in_batch=predicted)
-
     for parameter in model.parameters():  # the gradients, which are no part of it
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     with PeakMemory(trainer.args.device) as peak:
-        step()
+        forward_backward(trainer, batch)
     model.zero_grad()
     return peak.mib
+
+
+def times_in_turns(trainer: Trainer, batch: Tensor) -> dict[str, float]:
+    """Median ms of forward and backward of the patched model, plain and patched in turns.
+
+    The two runs come one after the other; a machine that drifts would favour one of them.
+    """
+    model: Any = trainer.model
+    cuda = trainer.args.device.type == "cuda"
+    config = getattr(patch_of(model), "config", None)  # None under LIGER_DISABLE
+    times: dict[str, list[float]] = {"plain": [], "liger": []}
+    for _ in range(11 if cuda else 2):
+        for name, ms in times.items():
+            if (patch := patch_of(model)) is not None:
+                patch.revert()
+            if name == "liger":
+                apply(model, config)
+            if cuda:
+                forward_backward(trainer, batch)  # what is first run on a GPU takes longer
+            ms.append(call_ms(lambda: forward_backward(trainer, batch), trainer.args.device))
+    model.zero_grad()
+    return {name: statistics.median(ms) for name, ms in times.items()}

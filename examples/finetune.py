@@ -180,15 +180,16 @@ def train(settings: Settings, folder: Path, variant: str) -> None:
     steps = [entry for entry in trainer.state.log_history if "step_ms" in entry]
     warm = [entry for entry in steps if entry["warm"]] or steps
     step_ms = statistics.median(entry["step_ms"] for entry in warm)
-    patch = patch_of(model)
+    patch, batch = str(patch_of(model) or ""), blocks["train"][: settings.per_device_batch]
     result = {
         "loss": [entry["loss"] for entry in steps],
         "step_ms": step_ms,
+        "turns": _trainer.times_in_turns(trainer, batch) if patch else {},
         "tokens_per_second": blocks["train"].numel() / settings.steps / step_ms * 1e3,
         "ppl_before": _report.read(before),
         "ppl_after": _trainer.perplexity(trainer),
-        "peak_mib": _trainer.step_memory(trainer, blocks["train"][: settings.per_device_batch]),
-        "patch": patch and str(patch),
+        "peak_mib": _trainer.step_memory(trainer, batch),
+        "patch": patch,
         "device": _trainer.device_name(),
         "versions": _trainer.versions(),
         "dtype": settings.dtype if settings.dtype == "mixed" else str(dtype).removeprefix("torch."),

@@ -224,7 +224,7 @@ def test_too_little_text_is_refused_and_leaves_nothing(
     path.write_text("hello " * 50)
     options = ["--model", given["model"], "--data", str(path), "--length", "32"]
     said = _refused(example, capsys, tmp_path / "out", *options)
-    assert "24 steps of 64 tokens need 48 blocks of 32" in said and "gives 9 and 0" in said
+    assert "16 steps of 64 tokens need 32 blocks of 32" in said and "gives 9 and 0" in said
 
 
 def test_a_model_that_cannot_be_used_is_refused(
