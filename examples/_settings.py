@@ -33,9 +33,7 @@ class Settings:
     accumulation: int = _setting(1, "forward passes in an optimizer step", least=1)
     length: int = _setting(256, "tokens in a block", least=2)
     learning_rate: float = _setting(1e-4, "AdamW's peak learning rate", least=0)
-    schedule: str = _setting(
-        "constant", "of the learning rate", among=("linear", "cosine", "constant")
-    )
+    schedule: str = _setting("constant", "of the learning rate", among=SCHEDULES)
     warmup_steps: int = _setting(0, "steps over which the learning rate rises", least=0)
     weight_decay: float = _setting(0.0, "AdamW's weight decay", least=0)
     seed: int = _setting(0, "of the order of the data", least=0)

@@ -296,8 +296,10 @@ def test_a_patched_part_is_taken_over() -> None:
     patch.revert()
     assert state(model) == before
     apply(model.model, dict(rope=False))
+    kept = patch_of(model.model)
     with pytest.raises(ValueError, match=r"model is already patched with .*rope=False"):
         apply(model)
+    assert patch_of(model.model) is kept
 
 
 def test_a_compiled_model_is_patched_inside() -> None:

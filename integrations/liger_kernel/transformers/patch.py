@@ -201,14 +201,16 @@ def _bare(model: Any) -> nn.Module:
 
 def _take_over(model: nn.Module, config: LigerConfig) -> None:
     """Revert the patches of parts of the model, which the whole one's will include."""
-    for path, module in model.named_modules():
-        if (part := vars(module).get("_liger_patch")) is not None:
-            if part.config != config:
-                raise ValueError(
-                    f"{path or 'the model'} is already patched with {part.config}; revert() that "
-                    f"before applying {config}"
-                )
-            part.revert()
+    there = {p: vars(m).get("_liger_patch") for p, m in model.named_modules()}
+    parts: dict[str, Patch] = {path: part for path, part in there.items() if part is not None}
+    for path, part in parts.items():  # all are checked before the first one is touched
+        if part.config != config:
+            raise ValueError(
+                f"{path or 'the model'} is already patched with {part.config}; revert() that "
+                f"before applying {config}"
+            )
+    for part in parts.values():
+        part.revert()
 
 
 def apply(model: nn.Module, config: LigerConfig | Mapping[str, Any] | str | None = None) -> Patch:
