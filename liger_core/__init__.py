@@ -8,18 +8,24 @@ from liger_core.ops.cross_entropy import cross_entropy
 from liger_core.ops.glu import geglu, glu, swiglu
 from liger_core.ops.labels import LabelScan
 from liger_core.ops.layer_norm import layer_norm
-from liger_core.ops.linear_logprob import linear_cross_entropy, linear_logprob
+from liger_core.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_stats
+from liger_core.ops.linear_logprob import linear_logprob, linear_loss, linear_token_stats
 from liger_core.ops.rms_norm import rms_norm
 from liger_core.ops.rope import rope
+from liger_core.ops.vocab_parallel import VocabShard
 
 __all__ = [
     "LabelScan",
+    "VocabShard",
     "cross_entropy",
     "geglu",
     "glu",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_cross_entropy_stats",
     "linear_logprob",
+    "linear_loss",
+    "linear_token_stats",
     "rms_norm",
     "rope",
     "swiglu",

@@ -34,6 +34,7 @@ HAS_TRITON = isinstance(triton, type(torch))
 
 Impl = Literal["auto", "triton", "torch"]
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HIP = torch.version.hip is not None
 MAX_ROW = 65536  # elements that one program may hold in registers
 
 
@@ -97,7 +98,7 @@ def launch(
     """
     x = args[0]
     # The interpreter; Inductor, which launches itself; AMD, where Triton looks at sizes too.
-    if not x.is_cuda or torch.compiler.is_compiling() or torch.version.hip is not None:
+    if not x.is_cuda or torch.compiler.is_compiling() or HIP:
         kernel[grid](*args, *constants, num_warps=num_warps)
         return
     device = x.get_device()

@@ -18,34 +18,36 @@ def as_labels(y: Tensor) -> Tensor:
 
 
 class LabelScan:
-    """The number of scored and of impossible labels among `y`, and the rows of the scored ones.
+    """The number of scored labels in each sequence of `y`, of impossible ones, and the scored rows.
 
     Args:
-        y: integer labels of any shape; row m is element m of `y.flatten()`.
+        y: integer labels (..., T); row m is element m of `y.flatten()`.
         V: labels must lie in [0, V) or equal `ignore_index`.
         ignore_index: the label that is not scored.
 
     Raises:
-        ValueError: `y` is not an integer tensor; from `rows` and `count`, a label out of range.
+        ValueError: `y` is not an integer tensor; from `rows` and `counts`, a label out of range.
     """
 
     def __init__(self, y: Tensor, V: int, ignore_index: int = IGNORE_INDEX) -> None:
         self.y, self.V, self.ignore_index = as_labels(y), V, ignore_index
         self.scored = self.y != ignore_index
         bad = self.scored & ((self.y < 0) | (self.y >= V))
-        counts = torch.stack((self.scored.sum(), bad.sum()))
+        length = y.shape[-1] if y.dim() and y.numel() else 1
+        sequences = self.scored.view(-1, length).sum(-1)
+        counts = torch.cat((sequences, bad.sum()[None]))
         self._counts = counts.to("cpu", non_blocking=y.is_cuda)  # elsewhere it would be a race
         self._copied = None
         if y.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(y.device))
 
-    def count(self) -> int:
-        """How many labels are scored. Waits for the copy that the constructor started."""
+    def counts(self) -> list[int]:
+        """Scored labels of each sequence. Waits for the copy that the constructor started."""
         if self._copied is not None:
             self._copied.synchronize()
             self._copied = None
-        n, bad = self._counts.tolist()
+        *counts, bad = self._counts.tolist()
         if bad:
             where = (self.scored & ((self.y < 0) | (self.y >= self.V))).nonzero()[0, 0]
             raise ValueError(
@@ -53,7 +55,11 @@ class LabelScan:
                 f"got {int(self.y[where])} at position {int(where)} ({bad} such labels); "
                 f"check that the tokenizer and the head have one vocabulary"
             )
-        return n
+        return counts
+
+    def count(self) -> int:
+        """How many labels are scored."""
+        return sum(self.counts())
 
     def rows(self) -> Tensor | None:
         """(n,) int64 rows of the scored labels in order; None where all are scored."""

@@ -1,344 +1,196 @@
-"""Log-probabilities and cross entropy under a linear head, never holding the (M, V) logits.
+"""Log-probabilities of labels under a linear head, never holding the (M, V) logits.
 
-    z = scale * (x @ w.T + b), softcapped        logp[m] = z[m, y[m]] - logsumexp(z[m])
-    dz = p - onehot(y)        dx = dz @ w        dw = dz.T @ x        db = sum over rows of dz
+    logp[m] = z[m, y[m]] - logsumexp(z[m])    dz = dlogp (onehot(y) - p)    z: see linear_head
 
-Rows whose label is ignored are dropped before any product. The others go through in chunks: a
-chunk's logits are computed, `row_loss` turns them into their own gradient in place, and dx and dw
-follow, while the buffer serves the next chunk. Two autograd wrappers share that walk:
+Three ways to a gradient, with one walk forward and one back:
 
-    linear_cross_entropy   takes the gradients in forward, for the weight 1 of a row (so that fp16
-                           holds them); backward only scales them: 3 products, 2 for a frozen head
-    linear_logprob         keeps lse, and walks again in backward: 4 products
+    linear_logprob   the loss comes later: backward computes the logits again (4 products), but for
+                     what `saved_logits_budget` keeps; with a frozen head, dx for dlogp = 1 is
+                     taken in forward and only scaled in backward (2 products)
+    linear_loss      the loss is known, a sum over groups of sequences: a chunk holds whole groups,
+                     and its logits become their own gradient as soon as its loss is (3 products)
 
-A second backward of the former walks again too, so it gives the same gradients as the first.
+A group that is larger than the budget goes through in parts, all of them forward, then all of them
+back: the last part's logits are still there, the others are computed again.
 """
 
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from liger_core.dispatch import (
-    HAS_TRITON,
-    Impl,
-    accumulate_dtype,
-    launch,
-    tl,
-    triton,
-    use_triton,
+from liger_core.dispatch import accumulate_dtype
+from liger_core.ops.linear_head import (
+    CHUNKS,
+    MAX_BUDGET,
+    MIN_BUDGET,
+    Call,
+    Grads,
+    Head,
+    HeadOptions,
+    Options,
+    Plan,
+    Walk,
+    prepare,
+    scaled,
+    spans,
+    sum_dtype,
+    without_autocast,
 )
-from liger_core.ops.cross_entropy import (
-    PLAIN,
-    Reduction,
-    RowLoss,
-    cross_entropy_ref,
-    join,
-    row_loss,
-)
-from liger_core.ops.labels import IGNORE_INDEX, LabelScan, as_labels
+from liger_core.ops.row_loss import PLAIN, RowLoss, Rows, Want, join, row_loss_ref
 
-MIN_BUDGET, MAX_BUDGET = 32 << 20, 1 << 30  # bytes of logits, where the caller names none
+Output = Literal["entropy", "log_sum_sq_probs", "mean_logit", "is_top1"]
+Together = Literal["sequence", "pair", "batch"]
+
+
+class TokenStats(NamedTuple):
+    """Values of each label, in y's shape; fp32 (fp64 for fp64), 0 where y is ignored.
+
+    None where not asked for. `logp` and `entropy` carry gradients.
+    """
+
+    logp: Tensor
+    entropy: Tensor | None = None  # -sum(p log p)
+    log_sum_sq_probs: Tensor | None = None  # log sum(p^2)
+    mean_logit: Tensor | None = None  # mean(z)
+    is_top1: Tensor | None = None  # bool: y is the class of the largest logit, the first of several
+
+
+LossFn = Callable[[TokenStats, Callable[[Tensor], Tensor]], Tensor]
 
 
 def linear_logprob_ref(
     x: Tensor, w: Tensor, y: Tensor, b: Tensor | None = None, o: RowLoss = PLAIN
 ) -> Tensor:
     """(M,) log-probabilities by the definition, from the full logits; 0 where y is ignored."""
-    return -cross_entropy_ref(torch.nn.functional.linear(x, w, b), y, o)
+    return -row_loss_ref(torch.nn.functional.linear(x, w, b), y, o)
 
 
-class _Plan(NamedTuple):
-    """All that is not a tensor."""
-
-    o: RowLoss
-    dtype: torch.dtype  # of the products
-    dw_dtype: torch.dtype  # in which dw is summed over chunks
-    chunks: int
-    need: tuple[bool, bool, bool]  # gradients of x, w, b
-    kernels: bool
-
-
-class _Grads(NamedTuple):
-    x: Tensor | None
-    w: Tensor | None
-    b: Tensor | None
-
-
-def _add_product(out: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """out + a @ b in `dtype`; out may be None for 0, and is written to."""
-    if dtype == a.dtype:
-        return a @ b if out is None else out.addmm_(a, b)
-    if a.is_cuda:  # bf16 or fp16 operands, fp32 sum, in one pass
-        if out is None:
-            return torch.mm(a, b, out_dtype=dtype)
-        return torch.addmm(out, a, b, out_dtype=dtype, out=out)
-    return (a @ b).to(dtype) if out is None else out.add_(a @ b)
-
-
-def _walk(
-    plan: _Plan,
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    y: Tensor,
-    rows: Tensor | None,
-    *,
-    lse: Tensor | None = None,
-    g: Tensor | None = None,
-) -> tuple[Tensor, Tensor, _Grads]:
-    """Losses and lse of the scored rows (all of them if `rows` is None), and unit-scaled gradients.
-
-    g weighs the rows; None is 1 for each. dx is (M, H) in plan.dtype, 0 in rows not scored.
-    """
-    if torch.is_autocast_enabled(x.device.type) and not torch.compiler.is_compiling():
-        with torch.autocast(x.device.type, enabled=False):  # plan.dtype says it all
-            return _walk(plan, x, w, b, y, rows, lse=lse, g=g)
-    y = y if rows is None else y[rows]
-    n, V = y.shape[0], w.shape[0]
-    need_dx, need_dw, need_db = plan.need
-    w, b = w.to(plan.dtype), None if b is None else b.to(plan.dtype)
-    make_dx = x.new_empty if rows is None else x.new_zeros
-    dx = make_dx(x.shape, dtype=plan.dtype) if need_dx else None
-    dw, db = None, None
-    parts: list[tuple[Tensor, Tensor]] = []
-    chunk = _chunk_rows(n, plan.chunks)
-    buffer = x.new_empty(chunk, V, dtype=plan.dtype)
-    for i in range(plan.chunks):
-        part = slice(min(i * chunk, n), min((i + 1) * chunk, n))
-        x_c = (x[part] if rows is None else x[rows[part]]).to(plan.dtype)
-        z = buffer[: part.stop - part.start]
-        torch.mm(x_c, w.T, out=z) if b is None else torch.addmm(b, x_c, w.T, out=z)
-        parts.append(
-            row_loss(
-                z, y[part], plan.o, kernels=plan.kernels,
-                lse=None if lse is None else lse[part], g=None if g is None else g[part],
-                dz=z if any(plan.need) else None,
-            )
-        )  # fmt: skip
-        if dx is not None:
-            if rows is None:
-                torch.mm(z, w, out=dx[part])
-            else:
-                dx.index_copy_(0, rows[part], z @ w)
-        if need_dw:
-            dw = _add_product(dw, z.T, x_c, plan.dw_dtype)
-        if need_db:
-            db_c = z.sum(0, dtype=plan.dw_dtype)
-            db = db_c if db is None else db.add_(db_c)
-    return *join(parts), _Grads(dx, dw, db)
+@without_autocast
+def _forward(
+    plan: Plan, head: Head, y: Tensor, rows: Tensor | None, c: Tensor | None, want: Want, keep: int
+) -> tuple[Rows, list[Tensor | None], Grads]:
+    """Losses of the scored rows; logits of as many parts as `keep` bytes hold; of a frozen head,
+    the gradient of each row's own loss."""
+    plan = plan if plan.frozen else plan._replace(need=(False,) * len(plan.need))
+    walk, parts = Walk(plan, head, rows), spans(0, y.shape[0], plan.chunks)
+    buffer: Tensor | None = None
+    kept: list[Tensor | None] = []
+    out: list[Rows] = []
+    for part in parts:
+        size = (part.stop - part.start) * head.w.shape[0] * plan.dtype.itemsize
+        keep -= size
+        if keep >= 0 and not plan.frozen:
+            kept.append(walk.logits(part, walk.buffer(part)))
+            z = kept[-1]
+        else:
+            buffer = walk.buffer(parts[0]) if buffer is None else buffer
+            z = walk.logits(part, buffer)
+            kept.append(None)
+        assert z is not None
+        out.append(walk.loss(z, y[part], c, want, None, plan.frozen))
+        if plan.frozen:
+            walk.add(z)
+    return join(out), kept, walk.grads()
 
 
-@triton.jit
-def _scale_kernel(t_ptr, s_ptr, n, BLOCK: tl.constexpr):
-    # Grid (n / BLOCK,): t *= s for a contiguous t of n elements and s one fp32 number.
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    t = tl.load(t_ptr + i, mask=i < n)
-    tl.store(t_ptr + i, (t.to(tl.float32) * tl.load(s_ptr)).to(t.dtype), mask=i < n)
+@without_autocast
+def _backward(
+    plan: Plan, head: Head, y: Tensor, rows: Tensor | None, c: Tensor | None, values: Rows,
+    g: Tensor, dh: Tensor | None, kept: Sequence[Tensor | None],
+) -> Grads:  # fmt: skip
+    """Gradients of the sum of losses times g and entropies times dh. Kept logits are used up."""
+    walk, parts = Walk(plan, head, rows), spans(0, y.shape[0], plan.chunks)
+    buffer: Tensor | None = None
+    for part, z in zip(parts, kept or [None] * len(parts), strict=True):
+        if z is None:
+            buffer = walk.buffer(parts[0]) if buffer is None else buffer
+            z = walk.logits(part, buffer)
+        else:
+            walk.take(part)
+        some = Rows(values.loss[part], values.lse[part])
+        some = some if dh is None else some._replace(entropy=values.entropy[part])  # pyright: ignore
+        walk.grad(z, y[part], some, g[part], None if dh is None else dh[part], c)
+        walk.add(z)
+    return walk.grads()
 
 
-def _scaled(t: Tensor | None, s: Tensor, like: Tensor | None, own: bool) -> Tensor | None:
-    """t * s in the dtype of `like`, with s at its full precision; in t itself where it can be.
-
-    torch rounds a 0-d fp32 factor to bf16 before it multiplies a bf16 tensor.
-    """
-    if t is None or like is None:
-        return None
-    if own and t.dtype == s.dtype:
-        return t.mul_(s).to(like.dtype)
-    if not own or t.dtype != like.dtype:
-        return (t.to(s.dtype) * s).to(like.dtype)
-    if HAS_TRITON and t.is_cuda and t.is_contiguous():
-        launch(_scale_kernel, (-(-t.numel() // 4096), 1, 1), 8, (t, s, t.numel()), 4096)
-        return t
-    for part in t.split(max((1 << 22) // max(t[0].numel(), 1), 1)):
-        part.copy_(part.to(s.dtype) * s)
-    return t
+def _unit(g: Tensor, dh: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Their largest finite magnitude and both divided by it, for fp16; a bad row stays its own."""
+    both = g.abs() if dh is None else torch.maximum(g.abs(), dh.abs())
+    s = both.nan_to_num(0.0, 0.0).amax() if g.numel() else g.new_ones(())
+    s = s.masked_fill(s == 0, 1.0)
+    return s, g / s, None if dh is None else dh / s
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _RowLosses(torch.autograd.Function):
+    """Values of the scored rows, in their order."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, total: Tensor,
-        rows: Tensor | None, plan: _Plan,
-    ) -> Tensor:  # fmt: skip
-        loss, _, unit = _walk(plan, x, w, b, y, rows)
-        ctx.plan, ctx.unit = plan, None
+        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, u: Tensor | None, v: Tensor | None,
+        y: Tensor, rows: Tensor | None, c: Tensor | None, plan: Plan, want: Want, keep: int,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        head = Head(x, w, b, u, v)
+        out, kept, unit = _forward(plan, head, y, rows, c, want, keep)
+        ctx.plan, ctx.kept, ctx.unit = plan, kept, unit[0]
+        saved = (*head, y, rows, c, out.loss, out.lse, out.entropy)
         if torch.compiler.is_compiling():
-            ctx.save_for_backward(x, w, b, y, total, rows, *unit)
-        else:  # outside of autograd's sight, so that the first backward may scale them in place
-            ctx.unit = unit
-            ctx.save_for_backward(x, w, b, y, total, rows)
-        return loss.sum() / total
+            ctx.kept, ctx.unit = [], None
+            ctx.save_for_backward(*saved, *unit[:1])
+        else:  # outside of autograd's sight, so that the first backward may write to them
+            ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+        rest = (out.lse, out.mean_logit, out.log_sum_sq_probs, out.top)
+        ctx.mark_non_differentiable(*(t for t in rest if t is not None))
+        return out.loss, out.entropy, *rest
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, b, y, total, rows, *unit = ctx.saved_tensors
-        own = len(unit) == 0
-        if own:
-            unit, ctx.unit = ctx.unit or _walk(ctx.plan, x, w, b, y, rows)[2], None
-        s = dloss / total
-        grads = (_scaled(t, s, like, own) for t, like in zip(unit, (x, w, b), strict=True))
-        return *grads, None, None, None, None
+    def backward(
+        ctx: Any, g: Tensor | None, dh: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        x, w, b, u, v, y, rows, c, loss, lse, entropy, *unit = ctx.saved_tensors
+        plan, head, own = ctx.plan, Head(x, w, b, u, v), len(unit) == 0
+        unit = ctx.unit if own else unit[0]
+        kept, ctx.kept, ctx.unit = ctx.kept, [], None
+        g = torch.zeros_like(lse) if g is None else g
+        if unit is not None and dh is None:
+            s = g if rows is None else g.new_zeros(x.shape[0]).index_copy(0, rows, g)
+            return scaled(unit, s, x, own), *[None] * 10
+        s, g, dh = _unit(g, dh) if plan.unit else (None, g, dh)
+        grads = _backward(plan, head, y, rows, c, Rows(loss, lse, entropy=entropy), g, dh, kept)
+        s = torch.ones_like(lse[:1].sum()) if s is None else s
+        return *(scaled(t, s, like, own) for t, like in zip(grads, head, strict=True)), *[None] * 6
 
 
-class _LinearRowLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, rows: Tensor | None,
-        plan: _Plan,
-    ) -> Tensor:  # fmt: skip
-        loss, lse, _ = _walk(plan._replace(need=(False, False, False)), x, w, b, y, rows)
-        ctx.save_for_backward(x, w, b, y, rows, lse)
-        ctx.plan = plan
-        return loss if rows is None else loss.new_zeros(y.shape).index_copy_(0, rows, loss)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, b, y, rows, lse = ctx.saved_tensors
-        g = g if rows is None else g[rows]
-        # Unit-scaled for fp16's sake, and scaled after the products; a bad row stays its own.
-        s = g.abs().nan_to_num(0.0, 0.0).amax() if g.numel() else g.new_ones(())
-        s = s.masked_fill(s == 0, 1.0)
-        unit = _walk(ctx.plan, x, w, b, y, rows, lse=lse, g=g / s)[2]
-        own = not torch.compiler.is_compiling()
-        grads = (_scaled(t, s, like, own) for t, like in zip(unit, (x, w, b), strict=True))
-        return *grads, None, None, None
+def row_losses(call: Call, want: Want, c: Tensor | None = None, keep: int = 0) -> Rows:
+    """Differentiable losses and entropies, and other values, of the scored rows in their order."""
+    plan, o = call.plan, call.plan.o
+    plan = plan._replace(o=o._replace(token_scaling=False))
+    loss, entropy, lse, mean, square, top = _RowLosses.apply(
+        *call.head, call.labels(), call.rows, c, plan, want,
+        0 if torch.compiler.is_compiling() else keep,
+    )  # fmt: skip # pyright: ignore
+    loss = loss * loss.detach().neg().exp() if o.token_scaling else loss
+    return Rows(loss, lse, mean, entropy, square, top)
 
 
-def _chunk_count(n: int, V: int, itemsize: int, budget: int | None) -> int:
-    """Into how many chunks n rows go, for each one's logits to fit the budget.
-
-    Under torch.compile n is a symbol and the count is guarded on, so that one graph serves many n.
-    """
-    if budget is None and torch.compiler.is_compiling():
-        return max(4, -(-n // max(MAX_BUDGET // (V * itemsize), 1)))
-    if budget is None:
-        budget = min(max(n * V * itemsize // 4, MIN_BUDGET), MAX_BUDGET)
-    most = max(budget // (V * itemsize), 1)
-    most = most // 128 * 128 if most > 128 else most
-    return max(-(-n // most), 1)
+def _token_stats(call: Call, y: Tensor, rows: Rows) -> TokenStats:
+    hit = None if rows.top is None else rows.top == call.labels()
+    values = (-rows.loss, rows.entropy, rows.log_sum_sq_probs, rows.mean_logit, hit)
+    return TokenStats(*(None if t is None else call.spread(t, y) for t in values))  # pyright: ignore
 
 
-def _chunk_rows(n: int, chunks: int) -> int:
-    """Rows a chunk, evenly spread; a multiple of 128 where that costs no chunk."""
-    rows = -(-n // chunks)
-    if torch.compiler.is_compiling():
-        return rows
-    round_rows = -(-rows // 128) * 128
-    return round_rows if rows > 128 and (chunks - 1) * round_rows < n else rows
-
-
-def _plan(
-    x: Tensor, w: Tensor, b: Tensor | None, n: int, o: RowLoss,
-    memory_budget: int | None, accum_dtype: torch.dtype | None, impl: Impl,
-) -> _Plan:  # fmt: skip
-    device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    elif w.dtype != x.dtype or (b is not None and b.dtype != x.dtype):
-        raise ValueError(
-            f"x, w and b must have one dtype outside of autocast, got x {x.dtype}, w {w.dtype}"
-            f"{'' if b is None else f', b {b.dtype}'}; convert them or use torch.autocast"
-        )
-    chunks = _chunk_count(n, w.shape[0], dtype.itemsize, memory_budget)
-    # dw may be rounded four times in bf16 and stay as exact as torch; fp16 would overflow
-    narrow = w.dtype == torch.bfloat16 and chunks <= 4
-    dw_dtype = accum_dtype or (w.dtype if narrow else accumulate_dtype(w.dtype))
-    wanted = torch.is_grad_enabled()
-    need = tuple(wanted and t is not None and t.requires_grad for t in (x, w, b))
-    kernels = use_triton(impl, x, w, b) and n > 0
-    return _Plan(o, dtype, dw_dtype, chunks, need, kernels)  # pyright: ignore
-
-
-def _checked(
-    x: Tensor, w: Tensor, y: Tensor, b: Tensor | None, labels: LabelScan | None, o: RowLoss,
-    compact: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """x as (M, H), y as (M,), and the rows that are scored, or None for all."""
-    if w.dim() != 2 or x.shape[-1] != w.shape[1]:
-        raise ValueError(f"w must be (V, {x.shape[-1]}), as x is (..., H), got {tuple(w.shape)}")
-    if y.shape != x.shape[:-1]:
-        raise ValueError(
-            f"labels must have shape {tuple(x.shape[:-1])}, that of x without the last, "
-            f"got {tuple(y.shape)}"
-        )
-    if b is not None and b.shape != w.shape[:1]:
-        raise ValueError(f"b must be ({w.shape[0]},), got {tuple(b.shape)}")
-    if y.device != x.device:
-        raise ValueError(f"labels must be on x's device, {x.device}, got {y.device}")
-    o.check()
-    rows = None
-    if compact and not torch.compiler.is_compiling():
-        rows = (labels or LabelScan(y, w.shape[0], o.ignore_index)).rows()
-    return x.reshape(-1, x.shape[-1]), as_labels(y), rows
-
-
-def linear_cross_entropy(
-    x: Tensor,
-    w: Tensor,
-    y: Tensor,
-    b: Tensor | None = None,
-    *,
-    total: Tensor | None = None,
-    reduction: Reduction = "mean",
-    ignore_index: int = IGNORE_INDEX,
-    softcap: float | None = None,
-    scale: float = 1.0,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    labels: LabelScan | None = None,
-    compact: bool = True,
-    memory_budget: int | None = None,
-    accum_dtype: torch.dtype | None = None,
-    impl: Impl = "auto",
-) -> Tensor:
-    """`cross_entropy(x @ w.T + b, y)` with its gradients taken in forward, chunk by chunk.
-
-    Args:
-        x: (..., H) hidden states.
-        w: (V, H) weight of the head, in x's dtype, or any under autocast.
-        y: (...) integer labels in [0, V), or `ignore_index`.
-        b: (V,) bias, or None.
-        total: what the sum of losses is divided by, a 0-d tensor; None for the reduction's own.
-        reduction: "mean" (over scored labels; 0 where there are none), "sum", or "none" for the
-            loss of each label, whose gradient is then taken in backward: 4 products, not 3.
-        ignore_index, softcap, scale, label_smoothing, z_loss: as in `cross_entropy`.
-        labels: a `LabelScan` of y made earlier, which saves waiting for the device here.
-        compact: drop ignored rows first. False never waits for the device (CUDA graphs), and a bad
-            label then gives NaN; under torch.compile it is always so.
-        memory_budget: bytes of logits held at once; None for a quarter of them, within 32 MiB and
-            1 GiB.
-        accum_dtype: in which dw is summed; None for w's where that is as exact as torch, else fp32.
-        impl: "auto", "triton" or "torch"; see `liger_core.dispatch.use_triton`.
-
-    Returns:
-        fp32 (fp64 for fp64): a scalar, or y's shape for "none". Between forward and backward, the
-        gradients of x and w are held; beyond them the peak is the memory budget.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a label out of range.
-    """
-    o = RowLoss(ignore_index, softcap, scale, label_smoothing, z_loss)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    x2, y1, rows = _checked(x, w, y, b, labels, o, compact)
-    n = y1.shape[0] if rows is None else rows.shape[0]
-    plan = _plan(x2, w, b, n, o, memory_budget, accum_dtype, impl)
-    if reduction == "none":
-        if total is not None:
-            raise ValueError("total divides the sum; reduction='none' has none, leave it out")
-        return _LinearRowLoss.apply(x2, w, b, y1, rows, plan).view(y.shape)  # pyright: ignore
-    if total is None and reduction == "mean":
-        total = (y1 != ignore_index).sum().clamp_min(1) if rows is None else None
-    if total is None:
-        count = max(n, 1) if reduction == "mean" else 1
-        total = torch.full((), count, dtype=accumulate_dtype(plan.dtype), device=x.device)
-    total = total.to(accumulate_dtype(plan.dtype))
-    return _LinearCrossEntropy.apply(x2, w, b, y1, total, rows, plan)  # pyright: ignore
+def _want(outputs: Sequence[Output]) -> Want:
+    names = ("mean_logit", "entropy", "log_sum_sq_probs", "is_top1")
+    if unknown := set(outputs) - set(names):
+        raise ValueError(f"outputs may be {', '.join(names)}, got {', '.join(sorted(unknown))}")
+    return Want(*(name in outputs for name in names))
 
 
 def linear_logprob(
@@ -347,25 +199,258 @@ def linear_logprob(
     y: Tensor,
     b: Tensor | None = None,
     *,
-    ignore_index: int = IGNORE_INDEX,
-    softcap: float | None = None,
-    scale: float = 1.0,
-    labels: LabelScan | None = None,
-    compact: bool = True,
-    memory_budget: int | None = None,
-    accum_dtype: torch.dtype | None = None,
-    impl: Impl = "auto",
+    saved_logits_budget: int = 0,
+    **options: Unpack[HeadOptions],
 ) -> Tensor:
     """Log-probability of each label, for losses that come later through autograd.
 
-    Arguments, errors and peak memory are those of `linear_cross_entropy`.
+    Arguments, errors and peak memory are those of `linear_token_stats`.
 
     Returns:
-        y's shape, fp32 (fp64 for fp64); 0 where y is ignored. Saved for backward: x, w, y and one
-        number a row; backward computes the logits again.
+        y's shape, fp32 (fp64 for fp64); 0 where y is ignored.
     """
-    o = RowLoss(ignore_index, softcap, scale)
-    x2, y1, rows = _checked(x, w, y, b, labels, o, compact)
-    n = y1.shape[0] if rows is None else rows.shape[0]
-    plan = _plan(x2, w, b, n, o, memory_budget, accum_dtype, impl)
-    return -_LinearRowLoss.apply(x2, w, b, y1, rows, plan).view(y.shape)  # pyright: ignore
+    return linear_token_stats(x, w, y, b, saved_logits_budget=saved_logits_budget, **options).logp
+
+
+def linear_token_stats(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    b: Tensor | None = None,
+    *,
+    outputs: Sequence[Output] = (),
+    saved_logits_budget: int = 0,
+    **options: Unpack[HeadOptions],
+) -> TokenStats:
+    """Log-probability of each label and what the same pass over the logits tells besides.
+
+    Args:
+        x: (..., H) hidden states.
+        w: (V, H) weight of the head, in x's dtype, or any under autocast.
+        y: (...) integer labels in [0, V), or `ignore_index`.
+        b: (V,) bias, or None.
+        outputs: any of "entropy", "log_sum_sq_probs", "mean_logit", "is_top1".
+        saved_logits_budget: bytes of logits that may live from forward to backward, which then
+            need not be computed again. Not under torch.compile, nor needed for a frozen head.
+        options: see `HeadOptions`.
+
+    Returns:
+        `TokenStats`. Saved for backward: x, w, y, one number a row, and the logits within the
+        budget; or, where x alone needs a gradient, a tensor of x's size. Under no_grad nothing.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or a label out of range.
+    """
+    opt = Options(**options)
+    call = prepare(x, w, y, b, opt.row_loss(), opt)
+    return _token_stats(call, y, row_losses(call, _want(outputs), keep=saved_logits_budget))
+
+
+class _Bin(NamedTuple):
+    """Whole groups that go through together."""
+
+    rows: slice  # of the scored rows, in the order of the bins
+    parts: list[slice]  # of the same, of a size that fits the budget; one, if the bin does
+    sequences: tuple[slice, ...]  # of y
+
+    def take(self, t: Tensor) -> Tensor:
+        return torch.cat([t[s] for s in self.sequences])
+
+
+def _pack(sizes: list[int], most: int) -> list[tuple[int, int]]:
+    """Consecutive groups, as many together as `most` rows hold; a larger one by itself."""
+    packed, start, held = list[tuple[int, int]](), 0, 0
+    for i, size in enumerate(sizes):
+        if i > start and held + size > most:
+            packed.append((start, i))
+            start, held = i, 0
+        held += size
+    return [*packed, (start, len(sizes))]
+
+
+def _capacity(sizes: list[int], row_bytes: int, budget: int | None) -> int:
+    """Rows that a bin may hold: as few as four bins take and the largest group needs, within the
+    limits of the default budget; or what the caller's holds."""
+    if budget is not None:
+        return max(budget // row_bytes, 1)
+    low = max(-(-sum(sizes) // CHUNKS), max(sizes), MIN_BUDGET // row_bytes, 1)
+    high = max(MAX_BUDGET // row_bytes, 1)
+    if low >= high or len(_pack(sizes, high)) > CHUNKS:
+        return high
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_pack(sizes, middle)) <= CHUNKS else (middle + 1, high)
+    return low
+
+
+def _bins(call: Call, y: Tensor, together: Together) -> tuple[Tensor | None, list[_Bin]]:
+    """The scored rows in the order of the bins, None for all in their own, and the bins."""
+    S, T = y.shape
+    halves = 2 if together == "pair" else 1
+    counts = call.counts or [T] * S
+    if len(counts) != S:
+        raise ValueError(f"labels must be a LabelScan of y {tuple(y.shape)}, not of another shape")
+    groups = S // halves
+    sizes = [sum(counts[h * groups + i] for h in range(halves)) for i in range(groups)]
+    most = _capacity(sizes, call.head.w.shape[0] * call.plan.dtype.itemsize,
+                     call.options.memory_budget)  # fmt: skip
+    whole = together == "batch" or call.plan.unit
+    bins, order, start = list[_Bin](), list[tuple[int, int]](), 0
+    offsets = [0, *itertools.accumulate(counts)]
+    for first, last in [(0, groups)] if whole else _pack(sizes, most):
+        sequences = tuple(slice(h * groups + first, h * groups + last) for h in range(halves))
+        order += [(offsets[s.start], offsets[s.stop]) for s in sequences]
+        stop = start + sum(sizes[first:last])
+        parts = spans(start, stop, max(-(-(stop - start) // most), 1))
+        bins.append(_Bin(slice(start, stop), parts, sequences))
+        start = stop
+    if len(bins) == 1 or halves == 1:
+        return call.rows, bins
+    rows = torch.arange(S * T, device=y.device) if call.rows is None else call.rows
+    return torch.cat([rows[a:b] for a, b in order]), bins
+
+
+@without_autocast
+def _walk_bins(
+    plan: Plan, head: Head, y: Tensor, rows: Tensor | None, bins: list[_Bin], want: Want,
+    loss_fn: LossFn, shape: torch.Size,
+) -> tuple[Tensor, Tensor, TokenStats, Grads]:  # fmt: skip
+    """The loss, what gradients are still to be multiplied by, the values of all labels, gradients.
+
+    y: labels of the scored rows; shape: (S, T) of all labels.
+    """
+    walk, values, loss = Walk(plan, head, rows), dict[str, Tensor](), None
+    buffer = walk.buffer(max((one.parts[0] for one in bins), key=lambda s: s.stop - s.start))
+    later = torch.ones((), dtype=accumulate_dtype(plan.dtype), device=y.device)
+    for one in bins:
+        at = one.rows if rows is None else rows[one.rows]
+        out = [
+            walk.loss(walk.logits(part, buffer), y[part], None, want, None, False)
+            for part in one.parts
+        ]
+        _store(values, join(out), y[one.rows], at, shape)
+        some, g, dh = _known(values, one, loss_fn)
+        loss = some if loss is None else loss + some
+        g, dh = _at(g, one, at, shape), None if dh is None else _at(dh, one, at, shape)
+        if plan.unit:
+            later, g, dh = _unit(g, dh)
+        for part, part_rows in zip(reversed(one.parts), reversed(out), strict=True):
+            here = slice(part.start - one.rows.start, part.stop - one.rows.start)
+            last = part is one.parts[-1]
+            z = buffer[: part.stop - part.start] if last else walk.logits(part, buffer)
+            walk.grad(z, y[part], part_rows, g[here], None if dh is None else dh[here])
+            walk.add(z)
+    assert loss is not None
+    return loss, later, TokenStats(**values), walk.grads()
+
+
+def _store(
+    values: dict[str, Tensor], rows: Rows, y: Tensor, at: slice | Tensor, shape: torch.Size
+) -> None:
+    """Put the values of some rows where they belong among those of all labels."""
+    hit = None if rows.top is None else rows.top == y
+    named = {"logp": -rows.loss, "entropy": rows.entropy, "mean_logit": rows.mean_logit,
+             "log_sum_sq_probs": rows.log_sum_sq_probs, "is_top1": hit}  # fmt: skip
+    for name, value in named.items():
+        if value is not None:
+            everywhere = values.setdefault(name, value.new_zeros(shape))
+            everywhere.view(-1)[at] = value
+
+
+def _known(
+    values: dict[str, Tensor], one: _Bin, loss_fn: LossFn
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The loss of a bin, and its gradients with respect to its rows' losses and entropies."""
+    mine = {name: one.take(t) for name, t in values.items()}
+    leaves = [mine[name].requires_grad_() for name in ("logp", "entropy") if name in mine]
+    with torch.enable_grad():
+        loss = loss_fn(TokenStats(**mine), one.take)
+        grads: list[Tensor | None] = [*torch.autograd.grad(loss, leaves, allow_unused=True)]
+    g, dh = grads[0], grads[1] if len(grads) > 1 else None
+    return loss.detach(), torch.zeros_like(leaves[0]) if g is None else -g, dh
+
+
+def _at(t: Tensor, one: _Bin, at: slice | Tensor, shape: torch.Size) -> Tensor:
+    """Values of a bin's sequences, at its scored rows."""
+    everywhere = t.new_empty(shape)
+    for s, piece in zip(one.sequences, t.chunk(len(one.sequences)), strict=True):
+        everywhere[s] = piece
+    return everywhere.view(-1)[at]
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, u: Tensor | None, v: Tensor | None,
+        y: Tensor, rows: Tensor | None, plan: Plan, walk: Callable[..., Any],
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        loss, later, stats, ctx.unit = walk(plan, Head(x, w, b, u, v), y, rows)
+        ctx.save_for_backward(x, w, b, u, v, y, rows, later)
+        ctx.plan, ctx.walk = plan, walk
+        ctx.mark_non_differentiable(*(t for t in stats if t is not None))
+        return loss, *stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        *tensors, y, rows, later = ctx.saved_tensors
+        head = Head(*tensors)
+        grads, ctx.unit = ctx.unit or ctx.walk(ctx.plan, head, y, rows)[3], None
+        s = dloss * later
+        return *(scaled(t, s, like, True) for t, like in zip(grads, head, strict=True)), *[None] * 4
+
+
+def linear_loss(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    loss_fn: LossFn,
+    b: Tensor | None = None,
+    *,
+    together: Together = "sequence",
+    outputs: Sequence[Output] = (),
+    **options: Unpack[HeadOptions],
+) -> tuple[Tensor, TokenStats]:
+    """A loss of the log-probabilities of whole sequences, with its gradients taken in forward.
+
+    Args:
+        x: (S, T, H) hidden states of S sequences. w, b: as in `linear_token_stats`.
+        y: (S, T) integer labels in [0, V), or `ignore_index`.
+        loss_fn: gets `TokenStats` of some sequences, (s, T) each, and `take`, which cuts any tensor
+            (S, ...) to the same sequences; returns their share of the loss, a scalar: the loss is
+            the sum over calls. Gradients reach `logp` and `entropy` and nothing else that it uses.
+        together: what one call of `loss_fn` must see whole: a "sequence", a "pair" (sequence i and
+            S / 2 + i; the first half of what it gets are the chosen ones), or the "batch".
+        outputs: as in `linear_token_stats`. options: see `HeadOptions`; the default
+            `memory_budget` holds the largest group, within 1 GiB.
+
+    Returns:
+        The loss, a scalar, and `TokenStats` of all labels, without gradients. 3 products, one more
+        of each row of a group that is larger than the budget but for its last part; 2 for a frozen
+        head. In fp16, which has to know its gradients' size, and under torch.compile, where the
+        loss comes after all log-probabilities, the whole batch is one group.
+
+    Raises:
+        ValueError: as `linear_token_stats`; an odd number of sequences for pairs.
+    """
+    if together not in ("sequence", "pair", "batch"):
+        raise ValueError(f"together must be 'sequence', 'pair' or 'batch', got {together!r}")
+    if y.dim() != 2 or (together == "pair" and y.shape[0] % 2):
+        raise ValueError(
+            f"y must be (S, T){', with S even for pairs' if together == 'pair' else ''}, got "
+            f"{tuple(y.shape)}"
+        )
+    opt, want = Options(**options), _want(outputs)
+    call = prepare(x, w, y, b, opt.row_loss(), opt)
+    plan = call.plan
+    if torch.compiler.is_compiling() or plan.frozen or not any(plan.need) or call.n == 0:
+        stats = _token_stats(call, y, row_losses(call, want))
+        loss = loss_fn(stats, lambda t: t)
+        return loss, TokenStats(*(None if t is None else t.detach() for t in stats))  # pyright: ignore
+    rows, bins = _bins(call, y, together)
+    parts = sum(len(one.parts) for one in bins)
+    plan = plan._replace(dw_dtype=opt.accum_dtype or sum_dtype(w.dtype, parts))
+    labels = call.y if rows is None else call.y[rows]
+    walk = partial(_walk_bins, bins=bins, want=want, loss_fn=loss_fn, shape=y.shape)
+    loss, *stats = _LinearLoss.apply(*call.head, labels, rows, plan, walk)  # pyright: ignore
+    return loss, TokenStats(*stats)

@@ -7,6 +7,7 @@ whose halves differ.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from liger_core import (
     rms_norm,
     rope,
 )
-from liger_core.ops.cross_entropy import RowLoss, cross_entropy_ref
+from liger_core.ops.row_loss import RowLoss, row_loss_ref
 from liger_core.ops.glu import glu_ref
 from liger_core.ops.layer_norm import layer_norm_ref
 from liger_core.ops.linear_logprob import linear_logprob_ref
@@ -107,8 +108,15 @@ OPTIONS = {
     "softcap": RowLoss(softcap=0.7, scale=1.3),
     "smoothing": RowLoss(label_smoothing=0.2),
     "z_loss": RowLoss(z_loss=0.1),
-    "all": RowLoss(-100, 0.7, 1.3, 0.2, 0.1),
+    "all": RowLoss(-100, 0.7, 1.3, 0.2, 0.1, 1.7),
+    "tempered": RowLoss(temperature=0.6),
+    "scaled by token": RowLoss(softcap=0.7, token_scaling=True),
 }
+
+
+def _given(o: RowLoss) -> dict[str, Any]:
+    """The options of `o` that are not the default."""
+    return {k: v for k, v in o._asdict().items() if v != RowLoss._field_defaults[k]}
 
 
 def _reduced(loss: Tensor, y: Tensor, reduction: str) -> Tensor:
@@ -126,9 +134,9 @@ def _cross_entropies() -> list[Case]:
         y, o = labels(M, V), OPTIONS[option]
 
         def ref(z: Tensor, y: Tensor = y, o: RowLoss = o, reduction: str = reduction) -> Tensor:
-            return _reduced(cross_entropy_ref(z, y, o), y, reduction)
+            return _reduced(row_loss_ref(z, y, o), y, reduction)
 
-        op = partial(cross_entropy, y=y, reduction=reduction, **o._asdict())
+        op = partial(cross_entropy, y=y, reduction=reduction, **_given(o))
         cases.append(Case(f"cross_entropy-{option}-{M}x{V}-{reduction}", op, ref, _randn(z=(M, V))))
     return cases
 
@@ -151,7 +159,7 @@ def _linears() -> list[Case]:
 
         for compact in (True, False):
             op = partial(linear_cross_entropy, y=y, reduction=reduction, compact=compact,
-                         memory_budget=rows * V * 4, **o._asdict())  # fmt: skip
+                         memory_budget=rows * V * 4, **_given(o))  # fmt: skip
             name = f"linear_cross_entropy-{option}-{reduction}-{rows}-{'bn'[inputs is make]}"
             cases.append(Case(f"{name}-{'compact' if compact else 'whole'}", op, ref, inputs))
     for o in (RowLoss(), OPTIONS["softcap"]):

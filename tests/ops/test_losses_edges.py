@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from cases import labels
 from liger_core import LabelScan, cross_entropy, linear_cross_entropy, linear_logprob
-from liger_core.ops.linear_logprob import _chunk_count, _chunk_rows
+from liger_core.ops.linear_head import chunk_count, chunk_rows
 from numerics import DEVICE, GPU
 
 both = pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -245,8 +245,8 @@ def test_what_does_not_fit_is_said(kw: dict, match: str) -> None:
     [(1, 50257, None), (16384, 128256, None), (300, 7, 1), (1000, 1000, 10**6), (520, 99, 40000)],
 )
 def test_chunks_fit_the_budget(n: int, V: int, budget: int | None) -> None:
-    chunks = _chunk_count(n, V, 2, budget)
-    rows = _chunk_rows(n, chunks)
+    chunks = chunk_count(n, V, 2, budget)
+    rows = chunk_rows(n, chunks)
     assert rows >= 1 and (rows == 1 or rows * V * 2 <= (budget or max(32 << 20, n * V // 2)))
     assert (chunks - 1) * rows < n <= chunks * rows, "a chunk is empty, or one is missing"
 
