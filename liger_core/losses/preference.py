@@ -72,7 +72,7 @@ def _check_options(o: Any) -> None:
         value = getattr(o, name, 0.0)
         _require(math.isfinite(value), f"{name} must be finite, got {value}")
     e = getattr(o, "label_smoothing", 0.0)
-    _require(0 <= e < 0.5, f"label_smoothing, a share of flipped pairs, not in [0, 0.5): {e}")
+    _require(0 <= e < 0.5, f"label_smoothing must lie in [0, 0.5), got {e}")
 
 
 def _check_name(option: str, name: str, table: Iterable[str]) -> None:

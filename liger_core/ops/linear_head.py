@@ -48,7 +48,8 @@ class HeadOptions(TypedDict, total=False):
     compact: drop ignored rows first. False never waits for the device (CUDA graphs), and a bad
         label then gives NaN; under torch.compile it is always so.
     memory_budget: bytes of logits held at once; None for a quarter of them (an eighth where w gets
-        no gradient), within 32 MiB and 1 GiB.
+        no gradient, a third where its gradient is summed in more bits than the products have),
+        within 32 MiB and 1 GiB.
     accum_dtype: in which dw is summed; None for w's where that is as exact as torch, else fp32.
     impl: "auto", "triton" or "torch"; see `liger_core.dispatch.use_triton`.
     """
@@ -228,7 +229,7 @@ def _plan(head: Head, n: int, o: RowLoss, opt: Options) -> Plan:
         )
     wanted = torch.is_grad_enabled()
     need = tuple(wanted and t is not None and t.requires_grad for t in head)
-    share = CHUNKS if need[1] else 2 * CHUNKS
+    share = 2 * CHUNKS if not need[1] else CHUNKS - (w.dtype.itemsize > dtype.itemsize)
     chunks = chunk_count(n, w.shape[0], dtype.itemsize, opt.memory_budget, share)
     dw_dtype = opt.accum_dtype or sum_dtype(w.dtype, chunks)
     kernels = use_triton(opt.impl, *head) and n > 0  # pyright: ignore
@@ -363,16 +364,17 @@ class Walk:
 
 
 @triton.jit
-def _scale_kernel(t_ptr, s_ptr, stride_s, N, BLOCK_N: tl.constexpr):
-    # Grid (M,): t[m] *= s[m] for contiguous t (M, N) and fp32 s; nothing to do where it is 1.
-    row = tl.program_id(0).to(tl.int64)
-    s = tl.load(s_ptr + row * stride_s)
-    if s != 1.0:
-        for start in range(0, N, BLOCK_N):
-            cols = start + tl.arange(0, BLOCK_N)
-            t = tl.load(t_ptr + row * N + cols, mask=cols < N)
-            t = (t.to(tl.float32) * s).to(t_ptr.dtype.element_ty)
-            tl.store(t_ptr + row * N + cols, t, mask=cols < N)
+def _scale_kernel(t_ptr, s_ptr, M, stride_s, N, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    # Grid (M / ROWS,): t[m] *= s[m] for contiguous t (M, N), fp32 s; nothing to do where it is 1.
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    for row in range(first, tl.minimum(first + ROWS, M)):
+        s = tl.load(s_ptr + row * stride_s)
+        if s != 1.0:
+            for start in range(0, N, BLOCK_N):
+                cols = start + tl.arange(0, BLOCK_N)
+                t = tl.load(t_ptr + row * N + cols, mask=cols < N)
+                t = (t.to(tl.float32) * s).to(t_ptr.dtype.element_ty)
+                tl.store(t_ptr + row * N + cols, t, mask=cols < N)
 
 
 def scaled(t: Tensor | None, s: Tensor, like: Tensor | None, own: bool) -> Tensor | None:
@@ -387,8 +389,9 @@ def scaled(t: Tensor | None, s: Tensor, like: Tensor | None, own: bool) -> Tenso
         return (t.to(s.dtype) * (s[:, None] if s.dim() else s)).to(like.dtype)
     N = max(t[:1].numel(), 1)
     if HAS_TRITON and t.is_cuda and s.dtype == torch.float32 and t.numel():
-        args = (t, s, s.stride(0) if s.dim() else 0, N)
-        launch(_scale_kernel, (t.shape[0], 1, 1), 4, args, min(block(N), 4096))
+        M, rows = t.shape[0], min(block(max(65536 // N, 1)), 1024)
+        args = (t, s, M, s.stride(0) if s.dim() else 0, N)
+        launch(_scale_kernel, (-(-M // rows), 1, 1), 4, args, rows, min(block(N), 4096))
         return t.to(like.dtype)
     step = max((1 << 22) // N, 1)
     for i, t_c in enumerate(t.split(step)):

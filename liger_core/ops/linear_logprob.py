@@ -137,12 +137,12 @@ class _RowLosses(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         head = Head(x, w, b, u, v)
         out, kept, unit = _forward(plan, head, y, rows, c, want, keep)
-        ctx.plan, ctx.kept, ctx.unit = plan, kept, unit[0]
+        ctx.plan = plan
         saved = (*head, y, rows, c, out.loss, out.lse, out.entropy)
         if torch.compiler.is_compiling():
-            ctx.kept, ctx.unit = [], None
             ctx.save_for_backward(*saved, *unit[:1])
         else:  # outside of autograd's sight, so that the first backward may write to them
+            ctx.kept, ctx.unit = kept, unit[0]
             ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         rest = (out.lse, out.mean_logit, out.log_sum_sq_probs, out.top)
@@ -156,8 +156,12 @@ class _RowLosses(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, w, b, u, v, y, rows, c, loss, lse, entropy, *unit = ctx.saved_tensors
         plan, head, own = ctx.plan, Head(x, w, b, u, v), len(unit) == 0
-        unit = ctx.unit if own else unit[0]
-        kept, ctx.kept, ctx.unit = ctx.kept, [], None
+        kept: list[Tensor | None] = []
+        unit = None if own else unit[0]
+        if own:
+            unit, kept, ctx.unit, ctx.kept = ctx.unit, ctx.kept, None, []
+        # torch 2.11's Dynamo has no strides of an upstream gradient beside one that is None
+        g, dh = (t.clone() if t is not None and not own else t for t in (g, dh))
         g = torch.zeros_like(lse) if g is None else g
         if unit is not None and dh is None:
             s = g if rows is None else g.new_zeros(x.shape[0]).index_copy(0, rows, g)

@@ -105,10 +105,15 @@ def row_loss_ref(z: Tensor, y: Tensor, o: RowLoss = PLAIN, c: Tensor | None = No
     return loss.masked_fill(y == o.ignore_index, 0.0)
 
 
+LOWEST = tl.constexpr(-1e30)  # stands for -inf where that would be multiplied by 0
+
+
 @triton.jit
-def _load(z_ptr, cols, V, scale):
-    """A block of scaled logits in fp32, 0 past the end."""
-    return tl.load(z_ptr + cols, mask=cols < V, other=0.0).to(tl.float32) * scale
+def _load(z_ptr, cols, V, scale, other, KEEP: tl.constexpr):
+    """A block of scaled logits in fp32, `other` past the end; to be kept in L2, or read no more."""
+    evict: tl.constexpr = "evict_last" if KEEP else "evict_first"  # pyright: ignore
+    z = tl.load(z_ptr + cols, mask=cols < V, other=other, eviction_policy=evict)  # pyright: ignore
+    return z.to(tl.float32) * scale
 
 
 @triton.jit
@@ -175,6 +180,7 @@ def _row_loss_kernel(
     valid = (y >= 0) & (y < total)  # a bad label costs its own row a NaN, never an illegal access
     y -= first
     own = valid & (y >= 0) & (y < V)
+    y = tl.where(own, y, -1)
     c_y, c_sum = 1.0, fp32(total)
     if HAS_C:
         c_y = tl.load(c_ptr + y, mask=own, other=0.0)
@@ -188,13 +194,16 @@ def _row_loss_kernel(
         m, top, s, s_z, s_d, s_sq = float("-inf"), -1, 0.0, 0.0, 0.0, 0.0
         for start in range(0, V, BLOCK_V):
             cols = start + offsets
-            z = _cap(_load(z_ptr, cols, V, scale), softcap, inv_t, HAS_SOFTCAP)
+            z = _cap(
+                _load(z_ptr, cols, V, scale, float("-inf"), NEED_DZ), softcap, inv_t, HAS_SOFTCAP
+            )
             if MEAN:
                 weighed = tl.where(cols < V, z, 0.0)
                 if HAS_C:
                     weighed *= tl.load(c_ptr + cols, mask=cols < V, other=0.0)
                 s_z += tl.sum(weighed)  # pyright: ignore[reportOperatorIssue]
-            z = tl.where(cols < V, z, float("-inf"))
+            if HAS_SOFTCAP:
+                z = tl.where(cols < V, z, float("-inf"))
             z_max = tl.max(z)
             if TOP:
                 better = z_max > m  # pyright: ignore[reportOperatorIssue]
@@ -204,7 +213,7 @@ def _row_loss_kernel(
             r, e = tl.exp(m - shift), tl.exp(z - shift)
             if ENTROPY:  # sum of exp(z - m) (z - m)
                 s_d = r * (s_d + s * tl.where(m == float("-inf"), 0.0, m - shift))
-                s_d += tl.sum(tl.where(e > 0, e * (z - shift), 0.0))
+                s_d += tl.sum(e * tl.maximum(z - shift, LOWEST))  # 0 * -inf is NaN
             if SQ:
                 s_sq = s_sq * (r * r) + tl.sum(e * e)
             s = s * r + tl.sum(e)
@@ -234,37 +243,41 @@ def _row_loss_kernel(
     if NEED_DZ:
         if HAS_G:
             g *= tl.load(g_ptr + row * stride_g).to(tl.float32)
-        hit = c_y * (1 - smoothing)
+        slope = scale * inv_t if HAS_SOFTCAP else scale  # of z in the logits, but for the cap's own
+        g, hit = g * slope, c_y * (1 - smoothing)
         p_scale = hit + smoothing * (c_sum / total) + 2 * z_loss * lse
         dh, entropy = 0.0, 0.0
         if HAS_DH:
-            dh = tl.load(dh_ptr + row * stride_dh).to(tl.float32)
+            dh = tl.load(dh_ptr + row * stride_dh).to(tl.float32) * slope
             entropy = tl.load(entropy_ptr + row)
         for start in range(0, V, BLOCK_V):
             cols = start + offsets
-            raw = _load(z_ptr, cols, V, scale)
+            raw = _load(z_ptr, cols, V, scale, 0.0, False)
             log_p = _cap(raw, softcap, inv_t, HAS_SOFTCAP) - lse
             p = tl.exp(log_p)
-            dz = p_scale * p
+            here = tl.where(cols == y, hit, 0.0)
             if HAS_SMOOTHING:
                 c = 1.0
                 if HAS_C:
                     c = tl.load(c_ptr + cols, mask=cols < V, other=0.0)
-                dz -= smoothing / total * c
-            dz = tl.where((cols == y) & own, dz - hit, dz) * g
+                here += smoothing / total * c
+            dz = (p_scale * p - here) * g
             if HAS_DH:
-                dz -= dh * tl.where(p > 0, p * (log_p + entropy), 0.0)
+                dz -= dh * p * (tl.maximum(log_p, LOWEST) + entropy)
             if HAS_SOFTCAP:  # 1 - tanh^2, without its cancellation
-                dz *= 4 * inv_t * tl.sigmoid(2 * raw / softcap) * tl.sigmoid(-2 * raw / softcap)
-            tl.store(dz_ptr + cols, (dz * scale).to(dz_ptr.dtype.element_ty), mask=cols < V)
+                dz *= 4 * tl.sigmoid(2 * raw / softcap) * tl.sigmoid(-2 * raw / softcap)
+            tl.store(dz_ptr + cols, dz.to(dz_ptr.dtype.element_ty), mask=cols < V)
 
 
-def _launch_shape(V: int, writes: bool) -> tuple[int, int]:
-    """Columns at a time and warps. A row that is read twice should still be in L2 the second time:
-    few programs a multiprocessor, each with much in flight (measured: benchmarks/NOTES.md).
+def _launch_shape(V: int, twice: bool) -> tuple[int, int]:
+    """Columns at a time and warps, measured on an H100: benchmarks/NOTES.md. A row that is read
+    twice should be in L2 still: few programs at once, and each with much in flight.
     """
-    BLOCK_V = min(block(V), 16384 if writes else 8192)
-    return BLOCK_V, min(max(BLOCK_V // 1024, 4), 32 if writes and V > 65536 and not HIP else 16)
+    if not twice or V <= 32768:
+        columns, num_warps = min(block(V), 8192), 8
+    else:
+        columns, num_warps = 16384 if V <= 131072 else 32768, 32
+    return columns, min(num_warps, max(columns // 256, 1), 16 if HIP else 32)
 
 
 def _triton(

@@ -157,11 +157,36 @@ def test_losses_equal_torchs() -> None:
     "option", ["return_z_loss", "return_token_accuracy", "return_predicted_tokens"]
 )
 def test_options_that_are_not_there_are_refused(option: str) -> None:
-    for loss in (lk.LigerCrossEntropyLoss, lk.LigerFusedLinearCrossEntropyLoss):
-        with pytest.raises(ValueError, match=f"{option} is not supported"):
-            loss(**{option: True})
+    with pytest.raises(ValueError, match=f"{option} is not supported"):
+        lk.LigerCrossEntropyLoss(**{option: True})
     with pytest.raises(ValueError, match="weight is not supported"):
         functional.liger_cross_entropy(torch.randn(2, 3), torch.zeros(2).long(), torch.ones(3))
+
+
+def test_the_fused_loss_tells_what_is_asked_for() -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(5, 8), torch.randn(7, 8)
+    y, c = torch.tensor([1, -100, 6, 0, 2]), torch.rand(7)
+    z = F.linear(x, w)
+    best = z.argmax(-1).masked_fill(y == -100, -1)
+    loss = lk.LigerFusedLinearCrossEntropyLoss(
+        c, lse_square_scale=0.1, return_z_loss=True, return_token_accuracy=True,
+        return_predicted_tokens=True,
+    )  # fmt: skip
+    out = loss(w, x, y)
+    assert isinstance(out, functional.CrossEntropyOutput) and out.z_loss is not None
+    z_loss = 0.1 * z[y >= 0].logsumexp(-1).square().sum() / c[y[y >= 0]].sum()
+    torch.testing.assert_close(out.z_loss, z_loss)
+    torch.testing.assert_close(out.loss, F.cross_entropy(z, y, c) + z_loss)
+    torch.testing.assert_close(out.predicted_tokens, best)
+    torch.testing.assert_close(out.token_accuracy, (best == y).sum() / 4)
+    scaled = functional.liger_fused_linear_cross_entropy(
+        x, w, y, use_token_scaling=True, reduction="none", return_token_accuracy=True
+    )
+    assert isinstance(scaled, functional.CrossEntropyOutput) and scaled.z_loss is None
+    plain = F.cross_entropy(z, y, reduction="none")
+    torch.testing.assert_close(scaled.loss, plain * plain.neg().exp())
+    torch.testing.assert_close(scaled.token_accuracy, (best == y).float())
 
 
 def test_norms() -> None:

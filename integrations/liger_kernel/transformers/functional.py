@@ -1,16 +1,26 @@
 """Upstream's functional names and argument order over liger_core."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from liger_core import cross_entropy, geglu, layer_norm, linear_cross_entropy, rms_norm, swiglu
+from liger_core import (
+    cross_entropy,
+    geglu,
+    layer_norm,
+    linear_cross_entropy,
+    linear_cross_entropy_stats,
+    rms_norm,
+    swiglu,
+)
 from liger_core.ops.cross_entropy import Reduction
 from liger_core.ops.rms_norm import Casting
 from liger_kernel.transformers.rope import liger_rotary_pos_emb as liger_rope
 
 __all__ = [
+    "CrossEntropyOutput",
     "liger_cross_entropy",
     "liger_fused_linear_cross_entropy",
     "liger_geglu",
@@ -19,6 +29,16 @@ __all__ = [
     "liger_rope",
     "liger_swiglu",
 ]
+
+
+@dataclass
+class CrossEntropyOutput:
+    """A loss and what was asked for beside it, without gradients; see `CrossEntropyStats`."""
+
+    loss: Tensor
+    z_loss: Tensor | None = None
+    token_accuracy: Tensor | None = None  # of each label where the reduction is "none"
+    predicted_tokens: Tensor | None = None
 
 
 def refuse(**options: Any) -> None:
@@ -80,23 +100,31 @@ def liger_fused_linear_cross_entropy(
     use_token_scaling: bool = False,
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
-) -> Tensor:
+) -> Tensor | CrossEntropyOutput:
     """Cross entropy of `input @ weight.T + bias`; see `liger_core.linear_cross_entropy`.
 
     Args:
         input: (N, H) hidden states. weight: (V, H). target: (N,) labels. bias: (V,).
-        ce_weight, use_token_scaling, return_*: refused.
+        ce_weight: (V,) weights of the classes. use_token_scaling: `token_scaling`.
+        return_z_loss, return_token_accuracy, return_predicted_tokens: one set returns a
+            `CrossEntropyOutput` with what was asked for, instead of the loss.
     """
-    refuse(
-        ce_weight=ce_weight, return_z_loss=return_z_loss, use_token_scaling=use_token_scaling,
-        return_token_accuracy=return_token_accuracy,
-        return_predicted_tokens=return_predicted_tokens,
-    )  # fmt: skip
-    return linear_cross_entropy(
-        input, weight, target, bias, ignore_index=ignore_index, reduction=reduction,
-        label_smoothing=label_smoothing, z_loss=lse_square_scale, softcap=softcap,
-        accum_dtype=accum_dtype,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing,
+        "z_loss": lse_square_scale, "softcap": softcap, "accum_dtype": accum_dtype,
+        "token_scaling": use_token_scaling, "class_weight": ce_weight,
+    }  # fmt: skip
+    if not (return_z_loss or return_token_accuracy or return_predicted_tokens):
+        return linear_cross_entropy(input, weight, target, bias, **options)
+    out = linear_cross_entropy_stats(input, weight, target, bias, **options)
+    hits = out.token_accuracy
+    hits = (out.predicted == target).to(hits.dtype) if reduction == "none" else hits
+    return CrossEntropyOutput(
+        out.loss,
+        out.z_loss if return_z_loss else None,
+        hits if return_token_accuracy else None,
+        out.predicted if return_predicted_tokens else None,
+    )
 
 
 def liger_rms_norm(
