@@ -9,7 +9,8 @@ from liger_core.ops.glu import geglu, glu, swiglu
 from liger_core.ops.labels import LabelScan
 from liger_core.ops.layer_norm import layer_norm
 from liger_core.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_stats
-from liger_core.ops.linear_logprob import linear_logprob, linear_loss, linear_token_stats
+from liger_core.ops.linear_logprob import linear_logprob, linear_token_stats
+from liger_core.ops.linear_loss import linear_loss
 from liger_core.ops.rms_norm import rms_norm
 from liger_core.ops.rope import rope
 from liger_core.ops.vocab_parallel import VocabShard

@@ -18,7 +18,8 @@ from liger_core.losses.preference import KTO, PairLoss, Pairs
 from liger_core.ops.labels import IGNORE_INDEX, LabelScan
 from liger_core.ops.linear_cross_entropy import linear_cross_entropy
 from liger_core.ops.linear_head import HeadOptions
-from liger_core.ops.linear_logprob import Output, TokenStats, linear_logprob, linear_loss
+from liger_core.ops.linear_logprob import Output, TokenStats, linear_logprob
+from liger_core.ops.linear_loss import linear_loss
 
 
 class PreferenceStats(NamedTuple):

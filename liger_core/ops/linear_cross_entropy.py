@@ -25,6 +25,7 @@ from liger_core.ops.linear_head import (
     Options,
     Plan,
     Walk,
+    largest,
     prepare,
     scaled,
     spans,
@@ -70,9 +71,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         head, inverse = Head(x, w, b, u, v), total.reciprocal()
         if plan.unit:
-            most = None if weights is None else weights.abs().amax().clamp_min(1e-30)
-            g = None if weights is None or most is None else weights / most
-            later = inverse if most is None else inverse * most
+            most = torch.ones_like(inverse) if weights is None else largest(weights)
+            g, later = None if weights is None else weights / most, inverse * most
         else:
             g = inverse.expand(y.shape[0] if rows is None else rows.shape[0])
             g, later = g if weights is None else g * weights, torch.ones_like(inverse)
@@ -121,6 +121,9 @@ def _weights(
         if call.plan.o.token_scaling:
             raise ValueError("token_scaling weighs the plain loss; leave class_weight out")
         c = c.detach().to(w.device, dtype).contiguous()
+        if call.plan.unit and not call.plan.o.z_loss:  # near 1, so that fp16 holds the products
+            most = largest(c)
+            c, weights = c / most, most.expand(call.n) if weights is None else weights * most
     return weights, c
 
 

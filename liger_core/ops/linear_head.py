@@ -117,6 +117,7 @@ class Plan(NamedTuple):
     need: tuple[bool, ...]  # gradients of x, w, b, u, v
     kernels: bool
     shard: VocabShard | None
+    row_bytes: int  # of one row's logits, as chunks are planned: the same in all processes
 
     @property
     def frozen(self) -> bool:
@@ -161,9 +162,7 @@ def chunk_count(n: int, V: int, itemsize: int, budget: int | None, share: int = 
         return max(share, -(-n // max(MAX_BUDGET // (V * itemsize), 1)))
     if budget is None:
         budget = min(max(n * V * itemsize // share, MIN_BUDGET), MAX_BUDGET)
-    most = max(budget // (V * itemsize), 1)
-    most = most // 128 * 128 if most > 128 else most
-    return max(-(-n // most), 1)
+    return split(n, max(budget // (V * itemsize), 1))
 
 
 def chunk_rows(n: int, chunks: int) -> int:
@@ -173,6 +172,13 @@ def chunk_rows(n: int, chunks: int) -> int:
         return rows
     round_rows = -(-rows // 128) * 128
     return round_rows if rows > 128 and (chunks - 1) * round_rows < n else rows
+
+
+def split(n: int, most: int) -> int:
+    """Into how many chunks of at most `most` rows n rows go; `chunk_rows` may round them up."""
+    if n <= most:
+        return 1
+    return -(-n // (most // 128 * 128 if most > 128 else most))
 
 
 def spans(start: int, stop: int, chunks: int) -> list[slice]:
@@ -230,16 +236,25 @@ def _plan(head: Head, n: int, o: RowLoss, opt: Options) -> Plan:
     wanted = torch.is_grad_enabled()
     need = tuple(wanted and t is not None and t.requires_grad for t in head)
     share = 2 * CHUNKS if not need[1] else CHUNKS - (w.dtype.itemsize > dtype.itemsize)
-    chunks = chunk_count(n, w.shape[0], dtype.itemsize, opt.memory_budget, share)
+    classes = w.shape[0]
+    if opt.shard is not None:  # all processes must go through as many chunks
+        classes = -(-opt.shard.total // opt.shard.group.size())
+    chunks = chunk_count(n, classes, dtype.itemsize, opt.memory_budget, share)
     dw_dtype = opt.accum_dtype or sum_dtype(w.dtype, chunks)
     kernels = use_triton(opt.impl, *head) and n > 0  # pyright: ignore
-    return Plan(o, dtype, dw_dtype, chunks, need, kernels, opt.shard)
+    return Plan(o, dtype, dw_dtype, chunks, need, kernels, opt.shard, classes * dtype.itemsize)
 
 
 def sum_dtype(dtype: torch.dtype, parts: int) -> torch.dtype:
     """In which so many parts of dw are summed. fp16 could overflow, whatever their number."""
     narrow = dtype == torch.bfloat16 and parts <= CHUNKS
     return dtype if narrow else accumulate_dtype(dtype)
+
+
+def largest(t: Tensor) -> Tensor:
+    """0-d: the largest finite magnitude in t, 1 where there is none."""
+    most = t.abs().nan_to_num(0.0, 0.0).amax() if t.numel() else t.new_ones(())
+    return most.masked_fill(most == 0, 1.0)
 
 
 def without_autocast(fn: Callable[P, R]) -> Callable[P, R]:
@@ -320,8 +335,13 @@ class Walk:
             return row_loss(z, y, o, c=c, want=want, g=g, dz=z if grad else None, kernels=kernels)
         if o.label_smoothing:
             want = want._replace(mean_logit=True)
-        part = row_loss(z, y, o, cols=shard[:2], want=want, kernels=kernels)
+        part = row_loss(
+            z, y, o._replace(token_scaling=False), cols=shard[:2], want=want, kernels=kernels
+        )
         rows = combine(part, y, o, shard)
+        if o.token_scaling:
+            p_y = (-rows.loss).exp()
+            rows, g = rows._replace(loss=rows.loss * p_y), p_y if g is None else g * p_y
         if grad:
             self.grad(z, y, rows, g, c=c)
         return rows

@@ -2,32 +2,20 @@
 
     logp[m] = z[m, y[m]] - logsumexp(z[m])    dz = dlogp (onehot(y) - p)    z: see linear_head
 
-Three ways to a gradient, with one walk forward and one back:
-
-    linear_logprob   the loss comes later: backward computes the logits again (4 products), but for
-                     what `saved_logits_budget` keeps; with a frozen head, dx for dlogp = 1 is
-                     taken in forward and only scaled in backward (2 products)
-    linear_loss      the loss is known, a sum over groups of sequences: a chunk holds whole groups,
-                     and its logits become their own gradient as soon as its loss is (3 products)
-
-A group that is larger than the budget goes through in parts, all of them forward, then all of them
-back: the last part's logits are still there, the others are computed again.
+The loss comes later, through autograd. Backward computes the logits again: 4 products, but for what
+`saved_logits_budget` keeps. With a frozen head, one row's gradient does not touch another's: dx for
+dlogp = 1 is taken in forward, and only scaled in backward: 2 products. Where the loss is known,
+`linear_loss` takes 3.
 """
 
-import itertools
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from liger_core.dispatch import accumulate_dtype
 from liger_core.ops.linear_head import (
-    CHUNKS,
-    MAX_BUDGET,
-    MIN_BUDGET,
     Call,
     Grads,
     Head,
@@ -35,16 +23,15 @@ from liger_core.ops.linear_head import (
     Options,
     Plan,
     Walk,
+    largest,
     prepare,
     scaled,
     spans,
-    sum_dtype,
     without_autocast,
 )
 from liger_core.ops.row_loss import PLAIN, RowLoss, Rows, Want, join, row_loss_ref
 
 Output = Literal["entropy", "log_sum_sq_probs", "mean_logit", "is_top1"]
-Together = Literal["sequence", "pair", "batch"]
 
 
 class TokenStats(NamedTuple):
@@ -60,9 +47,6 @@ class TokenStats(NamedTuple):
     is_top1: Tensor | None = None  # bool: y is the class of the largest logit, the first of several
 
 
-LossFn = Callable[[TokenStats, Callable[[Tensor], Tensor]], Tensor]
-
-
 def linear_logprob_ref(
     x: Tensor, w: Tensor, y: Tensor, b: Tensor | None = None, o: RowLoss = PLAIN
 ) -> Tensor:
@@ -76,14 +60,14 @@ def _forward(
 ) -> tuple[Rows, list[Tensor | None], Grads]:
     """Losses of the scored rows; logits of as many parts as `keep` bytes hold; of a frozen head,
     the gradient of each row's own loss."""
+    keep = keep if any(plan.need) else 0
     plan = plan if plan.frozen else plan._replace(need=(False,) * len(plan.need))
     walk, parts = Walk(plan, head, rows), spans(0, y.shape[0], plan.chunks)
     buffer: Tensor | None = None
     kept: list[Tensor | None] = []
     out: list[Rows] = []
     for part in parts:
-        size = (part.stop - part.start) * head.w.shape[0] * plan.dtype.itemsize
-        keep -= size
+        keep -= (part.stop - part.start) * plan.row_bytes
         if keep >= 0 and not plan.frozen:
             kept.append(walk.logits(part, walk.buffer(part)))
             z = kept[-1]
@@ -119,11 +103,9 @@ def _backward(
     return walk.grads()
 
 
-def _unit(g: Tensor, dh: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def unit_gradients(g: Tensor, dh: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Their largest finite magnitude and both divided by it, for fp16; a bad row stays its own."""
-    both = g.abs() if dh is None else torch.maximum(g.abs(), dh.abs())
-    s = both.nan_to_num(0.0, 0.0).amax() if g.numel() else g.new_ones(())
-    s = s.masked_fill(s == 0, 1.0)
+    s = largest(g) if dh is None else torch.maximum(largest(g), largest(dh))
     return s, g / s, None if dh is None else dh / s
 
 
@@ -137,16 +119,18 @@ class _RowLosses(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         head = Head(x, w, b, u, v)
         out, kept, unit = _forward(plan, head, y, rows, c, want, keep)
-        ctx.plan = plan
+        ctx.plan, ctx.entropy = plan, want.entropy
         saved = (*head, y, rows, c, out.loss, out.lse, out.entropy)
-        if torch.compiler.is_compiling():
-            ctx.save_for_backward(*saved, *unit[:1])
-        else:  # outside of autograd's sight, so that the first backward may write to them
-            ctx.kept, ctx.unit = kept, unit[0]
-            ctx.save_for_backward(*saved)
-        ctx.set_materialize_grads(False)
         rest = (out.lse, out.mean_logit, out.log_sum_sq_probs, out.top)
         ctx.mark_non_differentiable(*(t for t in rest if t is not None))
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(*saved, *unit[:1])
+            # torch 2.11's Dynamo cannot trace a backward that is given None
+            values = (out.loss, out.entropy, *rest)
+            return tuple(out.lse.new_empty(0) if t is None else t for t in values)
+        ctx.kept, ctx.unit = kept, unit[0]  # outside of autograd's sight: backward writes to them
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
         return out.loss, out.entropy, *rest
 
     @staticmethod
@@ -160,13 +144,11 @@ class _RowLosses(torch.autograd.Function):
         unit = None if own else unit[0]
         if own:
             unit, kept, ctx.unit, ctx.kept = ctx.unit, ctx.kept, None, []
-        # torch 2.11's Dynamo has no strides of an upstream gradient beside one that is None
-        g, dh = (t.clone() if t is not None and not own else t for t in (g, dh))
-        g = torch.zeros_like(lse) if g is None else g
+        g, dh = torch.zeros_like(lse) if g is None else g, dh if ctx.entropy else None
         if unit is not None and dh is None:
             s = g if rows is None else g.new_zeros(x.shape[0]).index_copy(0, rows, g)
             return scaled(unit, s, x, own), *[None] * 10
-        s, g, dh = _unit(g, dh) if plan.unit else (None, g, dh)
+        s, g, dh = unit_gradients(g, dh) if plan.unit else (None, g, dh)
         grads = _backward(plan, head, y, rows, c, Rows(loss, lse, entropy=entropy), g, dh, kept)
         s = torch.ones_like(lse[:1].sum()) if s is None else s
         return *(scaled(t, s, like, own) for t, like in zip(grads, head, strict=True)), *[None] * 6
@@ -176,21 +158,24 @@ def row_losses(call: Call, want: Want, c: Tensor | None = None, keep: int = 0) -
     """Differentiable losses and entropies, and other values, of the scored rows in their order."""
     plan, o = call.plan, call.plan.o
     plan = plan._replace(o=o._replace(token_scaling=False))
-    loss, entropy, lse, mean, square, top = _RowLosses.apply(
-        *call.head, call.labels(), call.rows, c, plan, want,
-        0 if torch.compiler.is_compiling() else keep,
-    )  # fmt: skip # pyright: ignore
+    compiling = torch.compiler.is_compiling()
+    loss, entropy, lse, *rest = _RowLosses.apply(
+        *call.head, call.labels(), call.rows, c, plan, want, 0 if compiling else keep
+    )  # pyright: ignore
     loss = loss * loss.detach().neg().exp() if o.token_scaling else loss
-    return Rows(loss, lse, mean, entropy, square, top)
+    wanted = (want.mean_logit, want.entropy, want.log_sum_sq_probs, want.top)
+    values = (rest[0], entropy, *rest[1:])
+    return Rows(loss, lse, *(t if on else None for t, on in zip(values, wanted, strict=True)))
 
 
-def _token_stats(call: Call, y: Tensor, rows: Rows) -> TokenStats:
-    hit = None if rows.top is None else rows.top == call.labels()
+def token_stats(call: Call, y: Tensor, rows: Rows) -> TokenStats:
+    y_rows = call.labels()
+    hit = None if rows.top is None else (rows.top == y_rows) & (y_rows != call.plan.o.ignore_index)
     values = (-rows.loss, rows.entropy, rows.log_sum_sq_probs, rows.mean_logit, hit)
     return TokenStats(*(None if t is None else call.spread(t, y) for t in values))  # pyright: ignore
 
 
-def _want(outputs: Sequence[Output]) -> Want:
+def wanted(outputs: Sequence[Output]) -> Want:
     names = ("mean_logit", "entropy", "log_sum_sq_probs", "is_top1")
     if unknown := set(outputs) - set(names):
         raise ValueError(f"outputs may be {', '.join(names)}, got {', '.join(sorted(unknown))}")
@@ -247,214 +232,4 @@ def linear_token_stats(
     """
     opt = Options(**options)
     call = prepare(x, w, y, b, opt.row_loss(), opt)
-    return _token_stats(call, y, row_losses(call, _want(outputs), keep=saved_logits_budget))
-
-
-class _Bin(NamedTuple):
-    """Whole groups that go through together."""
-
-    rows: slice  # of the scored rows, in the order of the bins
-    parts: list[slice]  # of the same, of a size that fits the budget; one, if the bin does
-    sequences: tuple[slice, ...]  # of y
-
-    def take(self, t: Tensor) -> Tensor:
-        return torch.cat([t[s] for s in self.sequences])
-
-
-def _pack(sizes: list[int], most: int) -> list[tuple[int, int]]:
-    """Consecutive groups, as many together as `most` rows hold; a larger one by itself."""
-    packed, start, held = list[tuple[int, int]](), 0, 0
-    for i, size in enumerate(sizes):
-        if i > start and held + size > most:
-            packed.append((start, i))
-            start, held = i, 0
-        held += size
-    return [*packed, (start, len(sizes))]
-
-
-def _capacity(sizes: list[int], row_bytes: int, budget: int | None) -> int:
-    """Rows that a bin may hold: as few as four bins take and the largest group needs, within the
-    limits of the default budget; or what the caller's holds."""
-    if budget is not None:
-        return max(budget // row_bytes, 1)
-    low = max(-(-sum(sizes) // CHUNKS), max(sizes), MIN_BUDGET // row_bytes, 1)
-    high = max(MAX_BUDGET // row_bytes, 1)
-    if low >= high or len(_pack(sizes, high)) > CHUNKS:
-        return high
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(_pack(sizes, middle)) <= CHUNKS else (middle + 1, high)
-    return low
-
-
-def _bins(call: Call, y: Tensor, together: Together) -> tuple[Tensor | None, list[_Bin]]:
-    """The scored rows in the order of the bins, None for all in their own, and the bins."""
-    S, T = y.shape
-    halves = 2 if together == "pair" else 1
-    counts = call.counts or [T] * S
-    if len(counts) != S:
-        raise ValueError(f"labels must be a LabelScan of y {tuple(y.shape)}, not of another shape")
-    groups = S // halves
-    sizes = [sum(counts[h * groups + i] for h in range(halves)) for i in range(groups)]
-    most = _capacity(sizes, call.head.w.shape[0] * call.plan.dtype.itemsize,
-                     call.options.memory_budget)  # fmt: skip
-    whole = together == "batch" or call.plan.unit
-    bins, order, start = list[_Bin](), list[tuple[int, int]](), 0
-    offsets = [0, *itertools.accumulate(counts)]
-    for first, last in [(0, groups)] if whole else _pack(sizes, most):
-        sequences = tuple(slice(h * groups + first, h * groups + last) for h in range(halves))
-        order += [(offsets[s.start], offsets[s.stop]) for s in sequences]
-        stop = start + sum(sizes[first:last])
-        parts = spans(start, stop, max(-(-(stop - start) // most), 1))
-        bins.append(_Bin(slice(start, stop), parts, sequences))
-        start = stop
-    if len(bins) == 1 or halves == 1:
-        return call.rows, bins
-    rows = torch.arange(S * T, device=y.device) if call.rows is None else call.rows
-    return torch.cat([rows[a:b] for a, b in order]), bins
-
-
-@without_autocast
-def _walk_bins(
-    plan: Plan, head: Head, y: Tensor, rows: Tensor | None, bins: list[_Bin], want: Want,
-    loss_fn: LossFn, shape: torch.Size,
-) -> tuple[Tensor, Tensor, TokenStats, Grads]:  # fmt: skip
-    """The loss, what gradients are still to be multiplied by, the values of all labels, gradients.
-
-    y: labels of the scored rows; shape: (S, T) of all labels.
-    """
-    walk, values, loss = Walk(plan, head, rows), dict[str, Tensor](), None
-    buffer = walk.buffer(max((one.parts[0] for one in bins), key=lambda s: s.stop - s.start))
-    later = torch.ones((), dtype=accumulate_dtype(plan.dtype), device=y.device)
-    for one in bins:
-        at = one.rows if rows is None else rows[one.rows]
-        out = [
-            walk.loss(walk.logits(part, buffer), y[part], None, want, None, False)
-            for part in one.parts
-        ]
-        _store(values, join(out), y[one.rows], at, shape)
-        some, g, dh = _known(values, one, loss_fn)
-        loss = some if loss is None else loss + some
-        g, dh = _at(g, one, at, shape), None if dh is None else _at(dh, one, at, shape)
-        if plan.unit:
-            later, g, dh = _unit(g, dh)
-        for part, part_rows in zip(reversed(one.parts), reversed(out), strict=True):
-            here = slice(part.start - one.rows.start, part.stop - one.rows.start)
-            last = part is one.parts[-1]
-            z = buffer[: part.stop - part.start] if last else walk.logits(part, buffer)
-            walk.grad(z, y[part], part_rows, g[here], None if dh is None else dh[here])
-            walk.add(z)
-    assert loss is not None
-    return loss, later, TokenStats(**values), walk.grads()
-
-
-def _store(
-    values: dict[str, Tensor], rows: Rows, y: Tensor, at: slice | Tensor, shape: torch.Size
-) -> None:
-    """Put the values of some rows where they belong among those of all labels."""
-    hit = None if rows.top is None else rows.top == y
-    named = {"logp": -rows.loss, "entropy": rows.entropy, "mean_logit": rows.mean_logit,
-             "log_sum_sq_probs": rows.log_sum_sq_probs, "is_top1": hit}  # fmt: skip
-    for name, value in named.items():
-        if value is not None:
-            everywhere = values.setdefault(name, value.new_zeros(shape))
-            everywhere.view(-1)[at] = value
-
-
-def _known(
-    values: dict[str, Tensor], one: _Bin, loss_fn: LossFn
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss of a bin, and its gradients with respect to its rows' losses and entropies."""
-    mine = {name: one.take(t) for name, t in values.items()}
-    leaves = [mine[name].requires_grad_() for name in ("logp", "entropy") if name in mine]
-    with torch.enable_grad():
-        loss = loss_fn(TokenStats(**mine), one.take)
-        grads: list[Tensor | None] = [*torch.autograd.grad(loss, leaves, allow_unused=True)]
-    g, dh = grads[0], grads[1] if len(grads) > 1 else None
-    return loss.detach(), torch.zeros_like(leaves[0]) if g is None else -g, dh
-
-
-def _at(t: Tensor, one: _Bin, at: slice | Tensor, shape: torch.Size) -> Tensor:
-    """Values of a bin's sequences, at its scored rows."""
-    everywhere = t.new_empty(shape)
-    for s, piece in zip(one.sequences, t.chunk(len(one.sequences)), strict=True):
-        everywhere[s] = piece
-    return everywhere.view(-1)[at]
-
-
-class _LinearLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, u: Tensor | None, v: Tensor | None,
-        y: Tensor, rows: Tensor | None, plan: Plan, walk: Callable[..., Any],
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        loss, later, stats, ctx.unit = walk(plan, Head(x, w, b, u, v), y, rows)
-        ctx.save_for_backward(x, w, b, u, v, y, rows, later)
-        ctx.plan, ctx.walk = plan, walk
-        ctx.mark_non_differentiable(*(t for t in stats if t is not None))
-        return loss, *stats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        *tensors, y, rows, later = ctx.saved_tensors
-        head = Head(*tensors)
-        grads, ctx.unit = ctx.unit or ctx.walk(ctx.plan, head, y, rows)[3], None
-        s = dloss * later
-        return *(scaled(t, s, like, True) for t, like in zip(grads, head, strict=True)), *[None] * 4
-
-
-def linear_loss(
-    x: Tensor,
-    w: Tensor,
-    y: Tensor,
-    loss_fn: LossFn,
-    b: Tensor | None = None,
-    *,
-    together: Together = "sequence",
-    outputs: Sequence[Output] = (),
-    **options: Unpack[HeadOptions],
-) -> tuple[Tensor, TokenStats]:
-    """A loss of the log-probabilities of whole sequences, with its gradients taken in forward.
-
-    Args:
-        x: (S, T, H) hidden states of S sequences. w, b: as in `linear_token_stats`.
-        y: (S, T) integer labels in [0, V), or `ignore_index`.
-        loss_fn: gets `TokenStats` of some sequences, (s, T) each, and `take`, which cuts any tensor
-            (S, ...) to the same sequences; returns their share of the loss, a scalar: the loss is
-            the sum over calls. Gradients reach `logp` and `entropy` and nothing else that it uses.
-        together: what one call of `loss_fn` must see whole: a "sequence", a "pair" (sequence i and
-            S / 2 + i; the first half of what it gets are the chosen ones), or the "batch".
-        outputs: as in `linear_token_stats`. options: see `HeadOptions`; the default
-            `memory_budget` holds the largest group, within 1 GiB.
-
-    Returns:
-        The loss, a scalar, and `TokenStats` of all labels, without gradients. 3 products, one more
-        of each row of a group that is larger than the budget but for its last part; 2 for a frozen
-        head. In fp16, which has to know its gradients' size, and under torch.compile, where the
-        loss comes after all log-probabilities, the whole batch is one group.
-
-    Raises:
-        ValueError: as `linear_token_stats`; an odd number of sequences for pairs.
-    """
-    if together not in ("sequence", "pair", "batch"):
-        raise ValueError(f"together must be 'sequence', 'pair' or 'batch', got {together!r}")
-    if y.dim() != 2 or (together == "pair" and y.shape[0] % 2):
-        raise ValueError(
-            f"y must be (S, T){', with S even for pairs' if together == 'pair' else ''}, got "
-            f"{tuple(y.shape)}"
-        )
-    opt, want = Options(**options), _want(outputs)
-    call = prepare(x, w, y, b, opt.row_loss(), opt)
-    plan = call.plan
-    if torch.compiler.is_compiling() or plan.frozen or not any(plan.need) or call.n == 0:
-        stats = _token_stats(call, y, row_losses(call, want))
-        loss = loss_fn(stats, lambda t: t)
-        return loss, TokenStats(*(None if t is None else t.detach() for t in stats))  # pyright: ignore
-    rows, bins = _bins(call, y, together)
-    parts = sum(len(one.parts) for one in bins)
-    plan = plan._replace(dw_dtype=opt.accum_dtype or sum_dtype(w.dtype, parts))
-    labels = call.y if rows is None else call.y[rows]
-    walk = partial(_walk_bins, bins=bins, want=want, loss_fn=loss_fn, shape=y.shape)
-    loss, *stats = _LinearLoss.apply(*call.head, labels, rows, plan, walk)  # pyright: ignore
-    return loss, TokenStats(*stats)
+    return token_stats(call, y, row_losses(call, wanted(outputs), keep=saved_logits_budget))

@@ -110,8 +110,8 @@ LOWEST = tl.constexpr(-1e30)  # stands for -inf where that would be multiplied b
 
 @triton.jit
 def _load(z_ptr, cols, V, scale, other, KEEP: tl.constexpr):
-    """A block of scaled logits in fp32, `other` past the end; to be kept in L2, or read no more."""
-    evict: tl.constexpr = "evict_last" if KEEP else "evict_first"  # pyright: ignore
+    """A block of scaled logits in fp32, `other` past the end; kept in L2 for a second read."""
+    evict: tl.constexpr = "evict_last" if KEEP else ""  # pyright: ignore
     z = tl.load(z_ptr + cols, mask=cols < V, other=other, eviction_policy=evict)  # pyright: ignore
     return z.to(tl.float32) * scale
 
@@ -332,7 +332,8 @@ def _torch_rows(
     if want.entropy or want.log_sum_sq_probs:
         log_p = z - lse[:, None]
         p = log_p.exp()
-        entropy = -(p * log_p.masked_fill_(p == 0, 0.0)).sum(-1) if want.entropy else None
+        if want.entropy:  # over sum(p), so that an error of lse falls out of log_p + entropy
+            entropy = -(p * log_p.masked_fill_(p == 0, 0.0)).sum(-1) / p.sum(-1)
         square = p.square_().sum(-1).log() if want.log_sum_sq_probs else None
     if want.top:
         top_z, top = z.max(-1)

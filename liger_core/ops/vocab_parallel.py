@@ -7,7 +7,7 @@ entropy = lse - sum over parts of exp(lse_part - lse) (lse_part - entropy_part)
 from typing import NamedTuple
 
 import torch
-import torch.distributed._functional_collectives as funcol
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -31,7 +31,8 @@ def combine(part: Rows, y: Tensor, o: RowLoss, shard: VocabShard) -> Rows:
     """Whole rows of y (n,) from this process's part of them: one all-gather."""
     names = [name for name, value in zip(Rows._fields, part, strict=True) if value is not None]
     columns = torch.stack([getattr(part, name).to(part.lse.dtype) for name in names])
-    every = funcol.all_gather_tensor(columns[None], 0, shard.group)  # (processes, names, n)
+    every = columns.new_empty(shard.group.size(), *columns.shape)  # (processes, names, n)
+    dist.all_gather(list(every.unbind()), columns, group=shard.group)
     parts = dict(zip(names, every.unbind(1), strict=True))
     lse, e = parts["lse"].logsumexp(0), o.label_smoothing
     z_y = parts["loss"].sum(0)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from liger_core import (
@@ -18,15 +19,19 @@ from liger_core import (
     layer_norm,
     linear_cross_entropy,
     linear_logprob,
+    linear_loss,
+    linear_token_stats,
     rms_norm,
     rope,
 )
-from liger_core.ops.row_loss import RowLoss, row_loss_ref
+from liger_core.dispatch import accumulate_dtype
 from liger_core.ops.glu import glu_ref
 from liger_core.ops.layer_norm import layer_norm_ref
-from liger_core.ops.linear_logprob import linear_logprob_ref
+from liger_core.ops.linear_logprob import TokenStats, linear_logprob_ref
+from liger_core.ops.linear_loss import LossFn
 from liger_core.ops.rms_norm import rms_norm_ref
 from liger_core.ops.rope import rope_ref
+from liger_core.ops.row_loss import RowLoss, row_loss_ref
 from numerics import DEVICE, Op
 
 Make = Callable[[], dict[str, Tensor]]
@@ -48,6 +53,12 @@ def _randn(shift: float = 0.0, **shapes: tuple[int, ...]) -> Make:
         return {n: torch.randn(s, device=DEVICE) + shift for n, s in shapes.items()}
 
     return make
+
+
+def _soft(**shapes: tuple[int, ...]) -> Make:
+    """Logits whose distribution has an entropy worth the name."""
+    make = _randn(**shapes)
+    return lambda: {n: t / 4 if n in ("w", "v") else t for n, t in make().items()}
 
 
 def labels(M: int, V: int, ignored: int = 3) -> Tensor:
@@ -129,7 +140,7 @@ def _cross_entropies() -> list[Case]:
     for option, M, V, reduction in (
         ("plain", 5, 1, "sum"), ("plain", 5, 37, "mean"), ("plain", 3, 5000, "none"),
         ("softcap", 5, 37, "none"), ("smoothing", 5, 37, "mean"), ("z_loss", 5, 37, "sum"),
-        ("all", 4, 4097, "none"),
+        ("all", 4, 4097, "none"), ("tempered", 5, 37, "mean"),
     ):  # fmt: skip
         y, o = labels(M, V), OPTIONS[option]
 
@@ -149,7 +160,7 @@ def _linears() -> list[Case]:
         ("plain", "mean", 99, make), ("plain", "sum", 1, biased), ("plain", "none", 2, make),
         ("softcap", "mean", 2, biased), ("smoothing", "sum", 4, make),
         ("z_loss", "none", 4, biased),
-        ("all", "mean", 2, biased), ("all", "none", 2, biased),
+        ("all", "mean", 2, biased), ("all", "none", 2, biased), ("scaled by token", "sum", 2, make),
     ):  # fmt: skip
         o = OPTIONS[option]
 
@@ -169,7 +180,224 @@ def _linears() -> list[Case]:
     return cases
 
 
-CASES = [*_norms(), *_ropes(), *_glus(), *_cross_entropies(), *_linears()]
+def _head(op: Op, y: Tensor, rows: int = 2, kept: int = 0, first: bool = False, **kw: Any) -> Op:
+    """op as a function of its tensors, with the low-rank ones by name; `rows` of logits at once,
+    `kept` of them until backward; of what it returns, the `first`."""
+
+    def call(x: Tensor, w: Tensor, b: Tensor | None = None, u: Tensor | None = None,
+             v: Tensor | None = None, **more: Any) -> Any:  # fmt: skip
+        size = w.shape[0] * x.element_size()
+        more |= kw | ({"saved_logits_budget": kept * size} if kept else {})
+        low_rank = None if u is None or v is None else (u, v)
+        out = op(x, w, y, b=b, low_rank=low_rank, memory_budget=rows * size, **more)
+        return out[0] if first else out
+
+    return call
+
+
+def full_logits(x: Tensor, w: Tensor, b: Tensor | None = None, u: Tensor | None = None,
+                v: Tensor | None = None) -> Tensor:  # fmt: skip
+    """What torch computes, for a loss that is taken in fp32 or fp64."""
+    z = F.linear(x, w, b)
+    z = z if u is None or v is None else z + u @ v.T
+    return z.to(accumulate_dtype(z.dtype))
+
+
+def row_ce(z: Tensor, y: Tensor, **kw: Any) -> Tensor:
+    """torch's own cross entropy of each row, in y's shape."""
+    return F.cross_entropy(z.flatten(0, -2), y.flatten(), reduction="none", **kw).view(y.shape)
+
+
+def token_stats_ref(z: Tensor, y: Tensor) -> TokenStats:
+    """From full logits (..., V), in torch."""
+    log_p, scored = z.log_softmax(-1), y != -100
+    return TokenStats(
+        log_p.gather(-1, y.clamp_min(0)[..., None])[..., 0] * scored,
+        -(log_p.exp() * log_p).sum(-1) * scored,
+        log_p.exp().square().sum(-1).log() * scored,
+        z.mean(-1) * scored,
+        (z.argmax(-1) == y) & scored,
+    )
+
+
+def _weighted() -> list[Case]:
+    """Weights of tokens and of classes, temperatures, low-rank terms: against torch's own loss."""
+    M, H, V, r = 9, 16, 37, 3
+    y, plain = labels(M, V), _randn(x=(M, H), w=(V, H))
+    biased = _randn(x=(M, H), w=(V, H), b=(V,))
+    low_rank = _randn(x=(M, H), w=(V, H), b=(V,), u=(M, r), v=(V, r))
+    each = torch.linspace(0.2, 3.0, M, device=DEVICE)
+    c = torch.linspace(3.0, 0.2, V, device=DEVICE)
+
+    def tempered(z: Tensor) -> Tensor:
+        return row_ce(z / 0.6, y)
+
+    def by_token(z: Tensor) -> Tensor:
+        loss = row_ce(0.7 * torch.tanh(z / 0.7), y)
+        return loss * loss.neg().exp().detach()  # the label's probability, a constant
+
+    def by_class(z: Tensor, e: float) -> Tensor:
+        return row_ce(z, y, weight=c.to(z.dtype), label_smoothing=e)
+
+    def z_lossy(z: Tensor) -> Tensor:
+        return by_class(z, 0.2) + 0.1 * z.logsumexp(-1).square() * (y != -100)
+
+    of_class = c.double()[y.clamp_min(0)]
+    smooth = dict(class_weight=c, label_smoothing=0.2)
+    cases: list[Case] = []
+    for name, reduction, make, loss, weights, kw in (
+        ("tempered", "mean", plain, tempered, None, dict(temperature=0.6)),
+        ("tempered", "none", biased, tempered, None, dict(temperature=0.6)),
+        ("token_scaling", "mean", biased, by_token, None, dict(softcap=0.7, token_scaling=True)),
+        ("token_scaling", "none", plain, by_token, None, dict(softcap=0.7, token_scaling=True)),
+        ("weights", "mean", plain, partial(row_ce, y=y), each, dict(weights=each)),
+        ("weights", "sum", biased, partial(row_ce, y=y), each, dict(weights=each)),
+        ("weights", "none", plain, partial(row_ce, y=y), each, dict(weights=each)),
+        ("weights+class", "mean", plain, partial(by_class, e=0.2), each * of_class,
+         dict(weights=each, **smooth)),
+        ("class", "mean", plain, partial(by_class, e=0.0), of_class, dict(class_weight=c)),
+        ("class", "none", biased, partial(by_class, e=0.0), of_class, dict(class_weight=c)),
+        ("class+smoothing", "mean", biased, partial(by_class, e=0.2), of_class, smooth),
+        ("class+smoothing", "sum", plain, partial(by_class, e=0.2), of_class, smooth),
+        ("class+smoothing", "none", plain, partial(by_class, e=0.2), of_class, smooth),
+        ("class+z_loss", "mean", plain, z_lossy, of_class, dict(z_loss=0.1, **smooth)),
+        ("low_rank", "mean", low_rank, partial(row_ce, y=y), None, {}),
+        ("low_rank", "none", low_rank, partial(row_ce, y=y), None, {}),
+    ):  # fmt: skip
+
+        def ref(loss: Any = loss, weights: Tensor | None = weights, reduction: str = reduction,
+                kw: Any = kw, **tensors: Tensor) -> Tensor:  # fmt: skip
+            rows = loss(full_logits(**tensors))
+            rows = rows if "weights" not in kw else rows * each.to(rows.dtype)
+            if weights is None or reduction != "mean":
+                return _reduced(rows, y, reduction)
+            return rows.sum() / weights.to(rows.dtype)[y != -100].sum()
+
+        for compact in (True, False):
+            op = _head(linear_cross_entropy, y, reduction=reduction, compact=compact, **kw)
+            name_ = f"linear_cross_entropy-{name}-{reduction}-{'compact' if compact else 'whole'}"
+            cases.append(Case(name_, op, ref, make))
+    return cases
+
+
+def _logprobs() -> list[Case]:
+    M, H, V, r = 9, 16, 37, 3
+    y = labels(M, V)
+    plain, make = _soft(x=(M, H), w=(V, H)), _soft(x=(M, H), w=(V, H), b=(V,), u=(M, r), v=(V, r))
+
+    def ref(**tensors: Tensor) -> Tensor:
+        return -row_ce(full_logits(**tensors), y)
+
+    def stats_ref(**tensors: Tensor) -> tuple[Tensor, ...]:
+        return _through_logp(token_stats_ref(full_logits(**tensors), y))
+
+    def stats(compact: bool, outputs: tuple[str, ...] = STATS) -> Op:
+        op = _head(linear_token_stats, y, outputs=outputs, compact=compact)
+        return lambda **tensors: _through_logp(op(**tensors))
+
+    return [
+        Case("linear_token_stats-compact", stats(True), stats_ref, plain),
+        Case("linear_token_stats-whole", stats(False), stats_ref, make),
+        *(
+            Case(f"linear_logprob-{kept} rows kept", _head(linear_logprob, y, kept=kept), ref, make)
+            for kept in (4, 6)
+        ),
+    ]
+
+
+STATS = ("entropy", "log_sum_sq_probs", "mean_logit")
+
+
+def _through_logp(stats: TokenStats) -> tuple[Tensor, ...]:
+    """logp, entropy, and what carries no gradient as a factor of logp, which does."""
+    values = (t.detach() for t in (stats.log_sum_sq_probs, stats.mean_logit) if t is not None)
+    assert stats.entropy is not None
+    return stats.logp, stats.entropy, *(stats.logp * value for value in values)
+
+
+def group_loss(together: str, S: int, T: int) -> LossFn:
+    """A loss that needs whole groups of sequences, each sequence and token with its own weight."""
+    each = 0.3 + torch.arange(S * T, device=DEVICE).view(S, T) % 7 / 10
+    share = torch.linspace(0.5, 1.5, S, device=DEVICE)
+
+    def loss_fn(stats: TokenStats, take: Callable[[Tensor], Tensor]) -> Tensor:
+        of_sequence = 0.1 * (stats.logp * take(each).to(stats.logp)).sum(-1)
+        some, half = take(share).to(stats.logp), of_sequence.shape[0] // 2
+        if together == "pair":
+            loss = F.logsigmoid(of_sequence[:half] - of_sequence[half:]) * some[:half]
+        elif together == "sequence":
+            loss = of_sequence.tanh() * some
+        else:
+            loss = (of_sequence * some).logsumexp(0)
+        assert stats.entropy is not None
+        return -loss.sum() - (0.05 * some * stats.entropy.square().sum(-1)).sum()
+
+    return loss_fn
+
+
+def uneven_labels(S: int, T: int, V: int) -> Tensor:
+    """(S, T): sequences of T, T - 1, ... 1 labels, others left out in the middle, too."""
+    y = labels(S * T, V, ignored=5).view(S, T)
+    lengths = T - torch.arange(S, device=DEVICE) % T
+    return y.masked_fill(torch.arange(T, device=DEVICE) >= lengths[:, None], -100)
+
+
+def _losses() -> list[Case]:
+    S, T, H, V, r = 4, 5, 16, 37, 3
+    y = uneven_labels(S, T, V)  # 4 + 3 + 2 + 1 scored; pairs of 6 and 4
+    biased = _soft(x=(S, T, H), w=(V, H), b=(V,))
+    low_rank = _soft(x=(S, T, H), w=(V, H), b=(V,), u=(S, T, r), v=(V, r))
+    cases: list[Case] = []
+    for together in ("pair", "sequence", "batch"):
+        loss_fn = group_loss(together, S, T)
+
+        def ref(loss_fn: LossFn = loss_fn, **tensors: Tensor) -> Tensor:
+            return loss_fn(token_stats_ref(full_logits(**tensors), y), lambda t: t)
+
+        for rows in (6, 2, 99):  # several bins, but for a batch; groups in parts; one bin
+            for compact in (True, False) if rows == 6 else (True,):
+                op = _head(
+                    linear_loss, y, rows, first=True, loss_fn=loss_fn, together=together,
+                    outputs=("entropy",), compact=compact,
+                )  # fmt: skip
+                name = f"linear_loss-{together}-{rows}-{'compact' if compact else 'whole'}"
+                cases.append(Case(name, op, ref, low_rank if rows == 2 else biased))
+    return cases
+
+
+def _frozen() -> list[Case]:
+    """Heads of which only x gets a gradient."""
+    S, T, H, V = 4, 5, 16, 37
+    y = uneven_labels(S, T, V)
+    w = (torch.randn(V, H, generator=torch.Generator().manual_seed(2)) * 8).round().to(DEVICE) / 32
+    loss_fn = group_loss("pair", S, T)
+
+    def case(name: str, op: Op, of_logits: Callable[[Tensor], Any]) -> Case:
+        return Case(
+            f"frozen {name}",
+            lambda x, **kw: op(x=x, w=w.to(x.dtype), **kw),
+            lambda x: of_logits(full_logits(x, w.to(x.dtype))),
+            _randn(x=(S, T, H)),
+        )
+
+    stats = _head(linear_token_stats, y, outputs=STATS)
+    loss = _head(linear_loss, y, first=True, loss_fn=loss_fn, together="pair", outputs=("entropy",))
+    return [
+        case("linear_cross_entropy-mean", _head(linear_cross_entropy, y),
+             lambda z: _reduced(row_ce(z, y), y, "mean")),
+        case("linear_cross_entropy-none", _head(linear_cross_entropy, y, reduction="none"),
+             lambda z: row_ce(z, y)),
+        case("linear_logprob", _head(linear_logprob, y), lambda z: -row_ce(z, y)),
+        case("linear_token_stats", lambda **t: _through_logp(stats(**t)),
+             lambda z: _through_logp(token_stats_ref(z, y))),
+        case("linear_loss", loss, lambda z: loss_fn(token_stats_ref(z, y), lambda t: t)),
+    ]  # fmt: skip
+
+
+CASES = [
+    *_norms(), *_ropes(), *_glus(), *_cross_entropies(), *_linears(), *_weighted(), *_logprobs(),
+    *_losses(), *_frozen(),
+]  # fmt: skip
 
 # One of each op, small, for tests of what every op promises whatever its options.
 BRIEF = [
@@ -177,6 +405,7 @@ BRIEF = [
     for name in (
         "rms_norm-llama-7", "rms_norm-gemma-7", "layer_norm-7", "rope-2x4", "glu-silu-5",
         "cross_entropy-plain-5x37-mean", "linear_cross_entropy-plain-sum",
-        "linear_cross_entropy-plain-none", "linear_logprob",
+        "linear_cross_entropy-plain-none", "linear_logprob", "linear_token_stats",
+        "linear_loss-pair",
     )
 ]  # fmt: skip

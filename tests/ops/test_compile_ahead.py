@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 import cases
 from liger_core.ops import linear_head
+from liger_core.ops.row_loss import NOTHING, RowLoss, Want, row_grad, row_loss
 
 target = GPUTarget(*eval(sys.argv[1]))
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
@@ -43,24 +44,36 @@ def record(kernel, *args, grid, warmup, num_warps, **constants):
 
 JITFunction.run = record
 triton.knobs.runtime.interpret = True
-for case in cases.BRIEF + [c for c in cases.CASES if "-all-" in c.name]:
+more = "-all-", "token_scaling-mean-c", "class-mean-c", "class+z_loss-mean-c"
+for case in cases.BRIEF + [c for c in cases.CASES if any(m in c.name for m in more)]:
     inputs = {n: t.bfloat16().requires_grad_() for n, t in case.make().items()}
     out = case.op(**inputs, impl="triton")
     outs = out if isinstance(out, tuple) else (out,)
     torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
+z, y, g = torch.empty(3, 40, dtype=torch.bfloat16), torch.empty(3, dtype=torch.int64), torch.ones(3)
+for o, want in ((RowLoss(), NOTHING), (RowLoss(softcap=0.7), Want(*[True] * 4))):
+    rows = row_loss(z, y, o, cols=(40, 99), want=want, kernels=True)  # of a head that is split
+    dh = g if want.entropy else None
+    row_grad(z, y, o, rows, cols=(40, 99), g=g, dh=dh, dz=z, kernels=True)
 t, s = torch.empty(8, dtype=torch.bfloat16), torch.empty(())  # launched on GPU tensors only
-linear_head._scale_kernel[(1, 1, 1)](t, s, 0, 8, 4096, num_warps=4)
+linear_head._scale_kernel[(1, 1, 1)](t, s, 1, 0, 8, 16, 4096, num_warps=4)
 for kernel, types, constants, num_warps in launches.values():
     compiled = triton.compile(ASTSource(kernel, types, constants), target=target,
                               options={"num_warps": num_warps})
     assert compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
 print(*sorted({key[0] for key in launches}))
+rows = [key for key in launches if key[0] == "_row_loss_kernel"]
+print(*sorted({name for key in rows for name, on in key[2] if on is True}))
 """
 
 KERNELS = {
     "_glu_bwd_kernel", "_glu_fwd_kernel", "_layer_norm_bwd_kernel", "_layer_norm_fwd_kernel",
     "_rms_norm_bwd_kernel", "_rms_norm_fwd_kernel", "_rope_kernel", "_row_loss_kernel",
     "_scale_kernel",
+}  # fmt: skip
+SWITCHES = {
+    "ENTROPY", "HAS_C", "HAS_DH", "HAS_G", "HAS_LSE", "HAS_SMOOTHING", "HAS_SOFTCAP", "MEAN",
+    "NEED_DZ", "PARTIAL", "SQ", "TOKEN_SCALING", "TOP",
 }  # fmt: skip
 
 
@@ -74,7 +87,9 @@ def test_every_kernel_compiles(name: str) -> None:
         env=env, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert set(done.stdout.split()) == KERNELS
+    kernels, switches = done.stdout.splitlines()
+    assert set(kernels.split()) == KERNELS
+    assert set(switches.split()) == SWITCHES, "a variant of the row kernel that no case launches"
 
 
 def test_the_list_of_kernels_is_whole() -> None:

@@ -63,9 +63,16 @@ def test_every_subset_of_gradients(case: Case, impl: str) -> None:
         assert all(o.requires_grad == any(wanted) for o in out)
         if any(wanted):
             torch.autograd.backward(out, [torch.ones_like(o) for o in out])
+        # Where the loss comes later, a frozen head makes dx in forward, for an upstream gradient of
+        # 1, and scales it in backward: no longer bitwise the same.
+        later = not case.name.startswith("linear_cross_entropy-plain-sum") and "linear" in case.name
+        scaled = later and [n for n, t in asked.items() if t.requires_grad] == ["x"]
         for name, t in asked.items():
             assert (t.grad is not None) == t.requires_grad
-            assert t.grad is None or torch.equal(t.grad, want[name])
+            if t.grad is not None and scaled:
+                torch.testing.assert_close(t.grad, want[name])
+            elif t.grad is not None:
+                assert torch.equal(t.grad, want[name])
 
 
 @both

@@ -9,9 +9,15 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from cases import labels
-from liger_core import LabelScan, cross_entropy, linear_cross_entropy, linear_logprob
+from liger_core import (
+    LabelScan,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_cross_entropy_stats,
+    linear_logprob,
+)
 from liger_core.ops.linear_head import chunk_count, chunk_rows
-from numerics import DEVICE, GPU
+from numerics import DEVICE, FLOOR, GPU
 
 both = pytest.mark.parametrize("impl", ["torch", "triton"])
 M, H, V = 9, 16, 37
@@ -66,6 +72,67 @@ def test_nothing_to_learn_from(rows: int, reduction: str, impl: str) -> None:
         loss.sum().backward()
     for grad in (x.grad, w.grad, z.grad):
         assert grad is not None and not grad.any()
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("named", ["weights", "class_weight", "all weights 0"])
+def test_nothing_to_learn_from_with_weights(
+    named: str, reduction: str, dtype: torch.dtype, impl: str
+) -> None:
+    x, w = (t.detach().to(dtype).requires_grad_() for t in operands())
+    ignored = named != "all weights 0"
+    y = torch.full((M,), -100, device=DEVICE) if ignored else labels(M, V)
+    weights, c = torch.full((M,), float(ignored), device=DEVICE), torch.ones(V, device=DEVICE)
+    kw = dict(class_weight=c) if named == "class_weight" else dict(weights=weights)
+    loss = linear_cross_entropy(x, w, y, reduction=reduction, impl=impl, **kw)  # pyright: ignore
+    loss.sum().backward()
+    assert all(not t.any() for t in (loss, x.grad, w.grad) if t is not None)
+
+
+@both
+@pytest.mark.parametrize("size", [1e-6, 1e6])
+@pytest.mark.parametrize("named", ["weights", "class_weight", "both"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_fp16_takes_weights_of_any_size(reduction: str, named: str, size: float, impl: str) -> None:
+    x, w = (t.detach().half().requires_grad_() for t in operands())
+    y, each = labels(M, V), torch.linspace(1, 3, M, device=DEVICE)
+    c = torch.linspace(3, 1, V, device=DEVICE)
+    kw: dict = dict(weights=size * each, class_weight=size * c)
+    kw = {n: t for n, t in kw.items() if named in (n, "both")}
+    loss = linear_cross_entropy(x, w, y, reduction=reduction, impl=impl, **kw)  # pyright: ignore
+    ours = [loss, *torch.autograd.grad(loss / loss.detach(), (x, w))]
+    exact = [t.detach().double().requires_grad_() for t in (x, w)]
+    kw = {n: t.double() for n, t in kw.items()}
+    want = linear_cross_entropy(*exact, y, reduction=reduction, **kw)  # pyright: ignore
+    for got, e in zip(ours, (want, *torch.autograd.grad(want / want.detach(), exact)), strict=True):
+        assert (got - e).norm() <= FLOOR * torch.finfo(torch.float16).eps * e.norm()
+
+
+@both
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_what_the_same_pass_tells(weighted: bool, reduction: str, compact: bool, impl: str) -> None:
+    x, w = operands()
+    z, y = x @ w.T, labels(M, V)
+    y = torch.where((torch.arange(M, device=DEVICE) % 2 == 0) & (y != -100), z.argmax(-1), y)
+    each = torch.linspace(0.5, 2, M, device=DEVICE) if weighted else torch.ones(M, device=DEVICE)
+    kw = dict(z_loss=0.1, reduction=reduction, weights=each if weighted else None, impl=impl)
+    got = linear_cross_entropy_stats(x, w, y, compact=compact, **kw)  # pyright: ignore
+    scored = y != -100
+    z_rows = 0.1 * z.logsumexp(-1).square() * scored * each
+    total = each[scored].sum() if reduction == "mean" else 1.0
+    torch.testing.assert_close(
+        got.z_loss, (z_rows if reduction == "none" else z_rows.sum() / total).detach()
+    )
+    torch.testing.assert_close(got.loss, linear_cross_entropy(x, w, y, **kw))  # pyright: ignore
+    hits = (z.argmax(-1) == y)[scored].float()
+    assert 0 < hits.mean() < 1
+    torch.testing.assert_close(got.token_accuracy, hits.mean())
+    assert torch.equal(got.predicted, z.argmax(-1).masked_fill(~scored, -1))
+    assert [t.requires_grad for t in got] == [True, False, False, False]
 
 
 @both
@@ -179,6 +246,20 @@ def test_leading_dimensions_and_an_earlier_scan(impl: str) -> None:
     torch.testing.assert_close(got, want)
 
 
+def test_a_scan_counts_by_sequence() -> None:
+    y = torch.full((4, 5), -100, device=DEVICE)
+    y[0], y[1, 2], y[3, :2] = 3, 0, 6
+    scan = LabelScan(y, 7)
+    assert scan.counts() == [5, 1, 0, 2] and scan.count() == 8
+    rows = scan.rows()
+    assert rows is not None and rows.tolist() == [0, 1, 2, 3, 4, 7, 15, 16]
+    assert LabelScan(y[0], 7).counts() == [5] and LabelScan(y[:0], 7).counts() == []
+    assert LabelScan(y[0], 7).rows() is None
+    y[3, 4] = 7
+    with pytest.raises(ValueError, match=r"in \[0, 7\).*got 7 at position 19 \(1 such labels\)"):
+        LabelScan(y, 7).counts()
+
+
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("op", [linear_cross_entropy, linear_logprob], ids=lambda op: op.__name__)
 def test_compiles_once_for_all_lengths(op: Callable[..., Tensor]) -> None:
@@ -232,6 +313,13 @@ def test_autocast_errs_no_more_than_torch(dtype: torch.dtype) -> None:
         (dict(reduction="avg"), "reduction must be"),
         (dict(impl="cuda"), "impl must be"),
         (dict(reduction="none", total=torch.ones(())), "total divides the sum"),
+        (dict(weights=torch.ones(2)), r"weights must have y's shape \(3,\)"),
+        (dict(weights=torch.ones(3, requires_grad=True)), "requires_grad=True; detach"),
+        (dict(class_weight=torch.ones(3)), r"class_weight must be \(7,\)"),
+        (dict(token_scaling=True, z_loss=0.1), "leave label_smoothing and z_loss out"),
+        (dict(token_scaling=True, class_weight=torch.ones(7)), "leave class_weight out"),
+        (dict(temperature=-1.0), "temperature must be positive"),
+        (dict(low_rank=(torch.ones(3, 2), torch.ones(7, 3))), "low_rank must be u"),
     ],
 )
 def test_what_does_not_fit_is_said(kw: dict, match: str) -> None:
