@@ -5,12 +5,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 JOBS ?= 2
 GPU_TESTS ?= $(wildcard tests/ops tests/losses)
 PYTEST_OPTIONS ?= # for example -n 8
+BENCH_OPTIONS ?= # for example --out FILE.json --peer trl=FOLDER; see benchmarks/run.py
 
 # Pyright's wrapper asks a server for its newest version unless told not to.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu test-slow lint format wheel clean
+.PHONY: help demo test test-gpu test-slow bench lint format wheel clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +30,9 @@ test-gpu: ## the kernels' tests on this machine's GPU, with PYTHON
 
 test-slow: $(VENV)/.ready ## the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+bench: ## time the losses and what peers are named in BENCH_OPTIONS on this machine, with PYTHON
+	$(PYTHON) -m benchmarks.run $(BENCH_OPTIONS)
 
 lint: $(VENV)/.ready ## ruff and pyright
 	$(BIN)/ruff check

@@ -93,19 +93,20 @@ def test_nothing_to_learn_from_with_weights(
 
 @both
 @pytest.mark.parametrize("size", [1e-6, 1e6])
-@pytest.mark.parametrize("named", ["weights", "class_weight", "both"])
+@pytest.mark.parametrize("named", ["weights", "class_weight", "both", "class_weight+z_loss"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_fp16_takes_weights_of_any_size(reduction: str, named: str, size: float, impl: str) -> None:
     x, w = (t.detach().half().requires_grad_() for t in operands())
     y, each = labels(M, V), torch.linspace(1, 3, M, device=DEVICE)
     c = torch.linspace(3, 1, V, device=DEVICE)
     kw: dict = dict(weights=size * each, class_weight=size * c)
-    kw = {n: t for n, t in kw.items() if named in (n, "both")}
-    loss = linear_cross_entropy(x, w, y, reduction=reduction, impl=impl, **kw)  # pyright: ignore
+    kw = {n: t for n, t in kw.items() if n in named or named == "both"}
+    kw |= dict(z_loss=0.1 if "z_loss" in named else 0.0, reduction=reduction)
+    loss = linear_cross_entropy(x, w, y, impl=impl, **kw)  # pyright: ignore
     ours = [loss, *torch.autograd.grad(loss / loss.detach(), (x, w))]
     exact = [t.detach().double().requires_grad_() for t in (x, w)]
-    kw = {n: t.double() for n, t in kw.items()}
-    want = linear_cross_entropy(*exact, y, reduction=reduction, **kw)  # pyright: ignore
+    kw = {n: t.double() if isinstance(t, Tensor) else t for n, t in kw.items()}
+    want = linear_cross_entropy(*exact, y, **kw)
     for got, e in zip(ours, (want, *torch.autograd.grad(want / want.detach(), exact)), strict=True):
         assert (got - e).norm() <= FLOOR * torch.finfo(torch.float16).eps * e.norm()
 
