@@ -114,11 +114,13 @@ def _linear_pairs(
 
     def share(tokens: TokenStats, take: Callable[[Tensor], Tensor]) -> Tensor:
         logps = (tokens.logp * take(weights)).sum(-1)
+        if half == 0:
+            return logps.sum()
         ref = None if ref_logps is None else take(ref_logps)
         losses = loss(_pairs(logps, ref, take(lengths)))
         if loss.use_weighting:
             losses = losses * _weighting(tokens, take(scored))
-        total = losses.sum() / max(half, 1)
+        total = losses.sum() / half
         return total - nll * (tokens.logp * take(nll_weights)).sum() if nll else total
 
     needed = ("log_sum_sq_probs",) if loss.use_weighting else ()

@@ -70,12 +70,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         plan: Plan, want: Want,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         head, inverse = Head(x, w, b, u, v), total.reciprocal()
+        n = y.shape[0] if rows is None else rows.shape[0]
         if plan.unit:
-            most = torch.ones_like(inverse) if weights is None else largest(weights)
-            g, later = None if weights is None else weights / most, inverse * most
+            g, later = weights, inverse
+            for t in (weights, c):  # rows weigh 1 at the most, so that fp16 holds the products
+                if t is not None:
+                    most = largest(t)  # class weights are not the z-loss's, which weighs about 1
+                    most = most.clamp_min(1.0) if t is c and plan.o.z_loss else most
+                    g = 1 / most.expand(n) if g is None else g / most
+                    later = later * most
         else:
-            g = inverse.expand(y.shape[0] if rows is None else rows.shape[0])
-            g, later = g if weights is None else g * weights, torch.ones_like(inverse)
+            g, later = inverse.expand(n), torch.ones_like(inverse)
+            g = g if weights is None else g * weights
         out, grads = _walk(plan, head, y, rows, c, want, g)
         ctx.plan, ctx.unit = plan, None
         saved = (*head, y, rows, c, g, later)
@@ -121,9 +127,6 @@ def _weights(
         if call.plan.o.token_scaling:
             raise ValueError("token_scaling weighs the plain loss; leave class_weight out")
         c = c.detach().to(w.device, dtype).contiguous()
-        if call.plan.unit and not call.plan.o.z_loss:  # near 1, so that fp16 holds the products
-            most = largest(c)
-            c, weights = c / most, most.expand(call.n) if weights is None else weights * most
     return weights, c
 
 

@@ -2,9 +2,10 @@
 
     logp[m] = z[m, y[m]] - logsumexp(z[m])    dz = dlogp (onehot(y) - p)    z: see linear_head
 
-The loss comes later, through autograd. Backward computes the logits again: 4 products, but for what
-`saved_logits_budget` keeps. With a frozen head, one row's gradient does not touch another's: dx for
-dlogp = 1 is taken in forward, and only scaled in backward: 2 products. Where the loss is known,
+The loss comes later, through autograd. Backward computes the logits again: 4 products, but for the
+last chunk's, which are still in the buffer, and what `saved_logits_budget` keeps. With a frozen
+head, one row's gradient does not touch another's: dx for dlogp = 1 is taken in forward, and only
+scaled in backward: 2 products, where only logp needs a gradient. Where the loss is known,
 `linear_loss` takes 3.
 """
 
@@ -56,26 +57,28 @@ def linear_logprob_ref(
 
 @without_autocast
 def _forward(
-    plan: Plan, head: Head, y: Tensor, rows: Tensor | None, c: Tensor | None, want: Want, keep: int
-) -> tuple[Rows, list[Tensor | None], Grads]:
-    """Losses of the scored rows; logits of as many parts as `keep` bytes hold; of a frozen head,
-    the gradient of each row's own loss."""
-    keep = keep if any(plan.need) else 0
+    plan: Plan, head: Head, y: Tensor, rows: Tensor | None, c: Tensor | None, want: Want,
+    keep: int | None,
+) -> tuple[Rows, list[Tensor | None], Grads]:  # fmt: skip
+    """Losses of the scored rows; the buffers of those parts whose logits `keep` bytes hold, of the
+    last part for None; of a frozen head, the gradient of each row's own loss."""
+    keep = keep if any(plan.need) and not plan.frozen else 0
     plan = plan if plan.frozen else plan._replace(need=(False,) * len(plan.need))
     walk, parts = Walk(plan, head, rows), spans(0, y.shape[0], plan.chunks)
     buffer: Tensor | None = None
     kept: list[Tensor | None] = []
     out: list[Rows] = []
-    for part in parts:
-        keep -= (part.stop - part.start) * plan.row_bytes
-        if keep >= 0 and not plan.frozen:
-            kept.append(walk.logits(part, walk.buffer(part)))
-            z = kept[-1]
-        else:
-            buffer = walk.buffer(parts[0]) if buffer is None else buffer
-            z = walk.logits(part, buffer)
-            kept.append(None)
-        assert z is not None
+    for i, part in enumerate(parts):
+        mine = None
+        if keep is None:
+            mine = buffer = walk.buffer(parts[0]) if buffer is None else buffer
+            mine = mine if i == len(parts) - 1 else None
+        elif (size := (part.stop - part.start) * plan.row_bytes) <= keep:
+            keep, mine = keep - size, walk.buffer(part)
+        elif buffer is None:
+            buffer = walk.buffer(parts[0])
+        kept.append(mine)
+        z = walk.logits(part, buffer if mine is None else mine)  # pyright: ignore
         out.append(walk.loss(z, y[part], c, want, None, plan.frozen))
         if plan.frozen:
             walk.add(z)
@@ -87,15 +90,20 @@ def _backward(
     plan: Plan, head: Head, y: Tensor, rows: Tensor | None, c: Tensor | None, values: Rows,
     g: Tensor, dh: Tensor | None, kept: Sequence[Tensor | None],
 ) -> Grads:  # fmt: skip
-    """Gradients of the sum of losses times g and entropies times dh. Kept logits are used up."""
+    """Gradients of the sum of losses times g and entropies times dh. Kept logits are used up: the
+    last part's first, whose buffer then serves the others."""
     walk, parts = Walk(plan, head, rows), spans(0, y.shape[0], plan.chunks)
-    buffer: Tensor | None = None
-    for part, z in zip(parts, kept or [None] * len(parts), strict=True):
-        if z is None:
+    kept = list(kept) or [None] * len(parts)
+    last = kept[-1]
+    buffer = last if last is not None and last.shape[0] == parts[0].stop else None
+    for i in range(len(parts) - 1, -1, -1):
+        part, mine = parts[i], kept[i]
+        if mine is None:
             buffer = walk.buffer(parts[0]) if buffer is None else buffer
             z = walk.logits(part, buffer)
         else:
             walk.take(part)
+            z = mine[: part.stop - part.start]
         some = Rows(values.loss[part], values.lse[part])
         some = some if dh is None else some._replace(entropy=values.entropy[part])  # pyright: ignore
         walk.grad(z, y[part], some, g[part], None if dh is None else dh[part], c)
@@ -115,7 +123,7 @@ class _RowLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, u: Tensor | None, v: Tensor | None,
-        y: Tensor, rows: Tensor | None, c: Tensor | None, plan: Plan, want: Want, keep: int,
+        y: Tensor, rows: Tensor | None, c: Tensor | None, plan: Plan, want: Want, keep: int | None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         head = Head(x, w, b, u, v)
         out, kept, unit = _forward(plan, head, y, rows, c, want, keep)
@@ -154,7 +162,7 @@ class _RowLosses(torch.autograd.Function):
         return *(scaled(t, s, like, own) for t, like in zip(grads, head, strict=True)), *[None] * 6
 
 
-def row_losses(call: Call, want: Want, c: Tensor | None = None, keep: int = 0) -> Rows:
+def row_losses(call: Call, want: Want, c: Tensor | None = None, keep: int | None = None) -> Rows:
     """Differentiable losses and entropies, and other values, of the scored rows in their order."""
     plan, o = call.plan, call.plan.o
     plan = plan._replace(o=o._replace(token_scaling=False))
@@ -188,7 +196,7 @@ def linear_logprob(
     y: Tensor,
     b: Tensor | None = None,
     *,
-    saved_logits_budget: int = 0,
+    saved_logits_budget: int | None = None,
     **options: Unpack[HeadOptions],
 ) -> Tensor:
     """Log-probability of each label, for losses that come later through autograd.
@@ -208,7 +216,7 @@ def linear_token_stats(
     b: Tensor | None = None,
     *,
     outputs: Sequence[Output] = (),
-    saved_logits_budget: int = 0,
+    saved_logits_budget: int | None = None,
     **options: Unpack[HeadOptions],
 ) -> TokenStats:
     """Log-probability of each label and what the same pass over the logits tells besides.
@@ -220,7 +228,8 @@ def linear_token_stats(
         b: (V,) bias, or None.
         outputs: any of "entropy", "log_sum_sq_probs", "mean_logit", "is_top1".
         saved_logits_budget: bytes of logits that may live from forward to backward, which then
-            need not be computed again. Not under torch.compile, nor needed for a frozen head.
+            need not be computed again; None for those of the last chunk, in the buffer that
+            backward needs anyway. Not under torch.compile, nor needed for a frozen head.
         options: see `HeadOptions`.
 
     Returns:

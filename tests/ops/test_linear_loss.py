@@ -301,7 +301,8 @@ def paired(x: Tensor, w: Tensor, y: Tensor, together: Any = "pair", **kw: Any) -
     "op, asked, chunks, kw, products",
     [
         (CE, "xw", 2, {}, 3), (CE, "x", 2, {}, 2), (CE, "w", 2, {}, 2), (CE, "", 2, {}, 1),
-        (LOGPROB, "xw", 2, {}, 4), (LOGPROB, "x", 2, {}, 2), (LOGPROB, "", 2, {}, 1),
+        (LOGPROB, "xw", 2, {}, 3.5), (LOGPROB, "x", 2, {}, 2), (LOGPROB, "", 2, {}, 1),
+        (LOGPROB, "xw", 4, {}, 3.75), (LOGPROB, "xw", 2, dict(saved_logits_budget=0), 4),
         (LOGPROB, "xw", 2, dict(saved_logits_budget=2 * ROWS * V * 4), 3),
         (LOGPROB, "xw", 2, dict(saved_logits_budget=ROWS * V * 4), 3.5),
         (paired, "xw", 1, {}, 3), (paired, "xw", 2, {}, 3), (paired, "x", 2, {}, 2),
