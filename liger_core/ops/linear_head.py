@@ -154,15 +154,20 @@ class Call(NamedTuple):
 
 
 def chunk_count(n: int, V: int, itemsize: int, budget: int | None, share: int = CHUNKS) -> int:
-    """Into how many chunks n rows go, for each one's logits to fit the budget.
+    """Into how many chunks n rows go, for each one's logits to fit the budget: by default `share`,
+    fewer or more where chunks would be smaller or larger than the default's limits.
 
     Under torch.compile n is a symbol and the count is guarded on, so that one graph serves many n.
     """
+    row_bytes = V * itemsize
     if budget is None and torch.compiler.is_compiling():
-        return max(share, -(-n // max(MAX_BUDGET // (V * itemsize), 1)))
+        return max(share, -(-n // max(MAX_BUDGET // row_bytes, 1)))
     if budget is None:
-        budget = min(max(n * V * itemsize // share, MIN_BUDGET), MAX_BUDGET)
-    return split(n, max(budget // (V * itemsize), 1))
+        least, most = MIN_BUDGET // row_bytes, max(MAX_BUDGET // row_bytes, 1)
+        if least <= -(-n // share) <= most:
+            return min(share, max(n, 1))
+        budget = MIN_BUDGET if n < least * share else MAX_BUDGET
+    return split(n, max(budget // row_bytes, 1))
 
 
 def chunk_rows(n: int, chunks: int) -> int:

@@ -340,6 +340,14 @@ def test_chunks_fit_the_budget(n: int, V: int, budget: int | None) -> None:
     assert (chunks - 1) * rows < n <= chunks * rows, "a chunk is empty, or one is missing"
 
 
+@pytest.mark.parametrize("n", [2048, 5000, 8000, 8191, 8193, 12001])
+@pytest.mark.parametrize("share", [3, 4, 8])
+def test_by_default_there_are_as_many_chunks_as_meant(n: int, share: int) -> None:
+    """One chunk more than four would sum dw in fp32, which takes twice the memory."""
+    chunks = chunk_count(n, 128256, 2, None, share)
+    assert chunks == share and chunk_rows(n, chunks) < n / share + 128
+
+
 @pytest.mark.skipif(GPU, reason="the allocator's own figures: see benchmarks/training_step.py")
 def test_full_logits_are_never_held() -> None:
     from liger_kernel.measure import PeakMemory
