@@ -191,7 +191,8 @@ def linear_preference_loss(
     Returns:
         The loss, a scalar, and `PreferenceStats`. Products, memory and errors are those of
         `linear_loss`. Where y and nll_y score a position with different labels, the NLL is a
-        cross entropy of its own: three products more of the chosen half.
+        cross entropy of its own: three products more of the chosen half; where labels are not
+        counted (torch.compile, compact=False) such a position gives NaN.
     """
     ignore_index = options.get("ignore_index", IGNORE_INDEX)
     if ref_logps is not None and (ref_logps.shape != y.shape[:1] or ref_logps.requires_grad):
@@ -254,6 +255,8 @@ def linear_kto_loss(
         )
     if desirable.shape != (S,):
         raise ValueError(f"desirable must be ({S},), got {tuple(desirable.shape)}")
+    if isinstance(kl, Tensor) and kl.shape not in ((), (1,), (S,)):
+        raise ValueError(f"kl must be a scalar or ({S},), got {tuple(kl.shape)}")
     weights = token_weights(
         y, average=loss.average, ignore_index=options.get("ignore_index", IGNORE_INDEX),
         dtype=accumulate_dtype(x.dtype),
@@ -280,5 +283,5 @@ def mean_logits(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     dtype = accumulate_dtype(x.dtype)
     x, w = x.detach(), w.detach()
     positions = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
-    out = positions.mean(1, dtype=dtype) @ w.mean(0, dtype=dtype)
+    out = (positions.mean(1, dtype=dtype) * w.mean(0, dtype=dtype)).sum(-1)  # never autocast
     return out if b is None else out + b.detach().mean(dtype=dtype)

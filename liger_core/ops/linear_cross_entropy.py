@@ -133,7 +133,7 @@ def _weights(
 def _total(call: Call, weights: Tensor | None, c: Tensor | None, reduction: Reduction) -> Tensor:
     """What a sum is divided by: 1, or the sum of the scored rows' weights, 1 where that is 0."""
     dtype, x = accumulate_dtype(call.plan.dtype), call.head.x
-    counted = call.rows is not None or call.n == 0
+    counted = bool(call.counts) or call.n == 0
     if reduction != "mean" or (weights is None and c is None and counted):
         count = max(call.n, 1) if reduction == "mean" else 1
         return torch.full((), count, dtype=dtype, device=x.device)
@@ -155,10 +155,17 @@ def _cross_entropy(
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if reduction == "none" and total is not None:
         raise ValueError("total divides the sum; reduction='none' has none, leave it out")
+    if total is not None and (total.dim() or total.requires_grad or total.device != x.device):
+        raise ValueError(
+            f"total must be 0-d, on x's device and need no gradient, got {tuple(total.shape)} on "
+            f"{total.device}, requires_grad={total.requires_grad}"
+        )
     call = prepare(x, w, y, b, o, opt)
     weights, c = _weights(call, y, weights, c)
     if reduction == "none":
-        rows = row_losses(call, want, c=c)
+        most = largest(c) if call.plan.unit and c is not None and not o.z_loss else None
+        rows = row_losses(call, want, c=c if c is None or most is None else c / most)
+        rows = rows if most is None else rows._replace(loss=rows.loss * most)
         loss = rows.loss if weights is None else rows.loss * weights
         return call, call.spread(loss, y), rows, weights
     dtype = accumulate_dtype(call.plan.dtype)

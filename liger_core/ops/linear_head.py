@@ -48,8 +48,7 @@ class HeadOptions(TypedDict, total=False):
     compact: drop ignored rows first. False never waits for the device (CUDA graphs), and a bad
         label then gives NaN; under torch.compile it is always so.
     memory_budget: bytes of logits held at once; None for a quarter of them (an eighth where w gets
-        no gradient, a third where its gradient is summed in more bits than the products have),
-        within 32 MiB and 1 GiB.
+        no gradient, a third where w has more bits than the products), within 32 MiB and 1 GiB.
     accum_dtype: in which dw is summed; None for w's where that is as exact as torch, else fp32.
     impl: "auto", "triton" or "torch"; see `liger_core.dispatch.use_triton`.
     """
@@ -219,6 +218,11 @@ def prepare(x: Tensor, w: Tensor, y: Tensor, b: Tensor | None, o: RowLoss, opt: 
     counts: list[int] = []
     if opt.compact and not torch.compiler.is_compiling():
         scan = opt.labels or LabelScan(y, V, o.ignore_index)
+        if (scan.y.numel(), scan.V, scan.ignore_index) != (y.numel(), V, o.ignore_index):
+            raise ValueError(
+                f"labels must be a LabelScan of y, V={V} and ignore_index={o.ignore_index}, got "
+                f"one of {scan.y.numel()} labels, V={scan.V} and ignore_index={scan.ignore_index}"
+            )
         rows, counts = scan.rows(), scan.counts()
     head = Head(x.reshape(-1, x.shape[-1]), w, b, u, v)
     n = head.x.shape[0] if rows is None else rows.shape[0]

@@ -87,8 +87,8 @@ def _forward(
 
 @without_autocast
 def _backward(
-    plan: Plan, head: Head, y: Tensor, rows: Tensor | None, c: Tensor | None, values: Rows,
-    g: Tensor, dh: Tensor | None, kept: Sequence[Tensor | None],
+    plan: Plan, head: Head, y: Tensor, rows: Tensor | None, c: Tensor | None, lse: Tensor,
+    entropy: Tensor | None, g: Tensor, dh: Tensor | None, kept: Sequence[Tensor | None],
 ) -> Grads:  # fmt: skip
     """Gradients of the sum of losses times g and entropies times dh. Kept logits are used up: the
     last part's first, whose buffer then serves the others."""
@@ -104,8 +104,7 @@ def _backward(
         else:
             walk.take(part)
             z = mine[: part.stop - part.start]
-        some = Rows(values.loss[part], values.lse[part])
-        some = some if dh is None else some._replace(entropy=values.entropy[part])  # pyright: ignore
+        some = Rows(lse[part], lse[part], entropy=None if entropy is None else entropy[part])
         walk.grad(z, y[part], some, g[part], None if dh is None else dh[part], c)
         walk.add(z)
     return walk.grads()
@@ -128,7 +127,7 @@ class _RowLosses(torch.autograd.Function):
         head = Head(x, w, b, u, v)
         out, kept, unit = _forward(plan, head, y, rows, c, want, keep)
         ctx.plan, ctx.entropy = plan, want.entropy
-        saved = (*head, y, rows, c, out.loss, out.lse, out.entropy)
+        saved = (*head, y, rows, c, out.lse, out.entropy)
         rest = (out.lse, out.mean_logit, out.log_sum_sq_probs, out.top)
         ctx.mark_non_differentiable(*(t for t in rest if t is not None))
         if torch.compiler.is_compiling():
@@ -146,7 +145,7 @@ class _RowLosses(torch.autograd.Function):
     def backward(
         ctx: Any, g: Tensor | None, dh: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
-        x, w, b, u, v, y, rows, c, loss, lse, entropy, *unit = ctx.saved_tensors
+        x, w, b, u, v, y, rows, c, lse, entropy, *unit = ctx.saved_tensors
         plan, head, own = ctx.plan, Head(x, w, b, u, v), len(unit) == 0
         kept: list[Tensor | None] = []
         unit = None if own else unit[0]
@@ -157,8 +156,8 @@ class _RowLosses(torch.autograd.Function):
             s = g if rows is None else g.new_zeros(x.shape[0]).index_copy(0, rows, g)
             return scaled(unit, s, x, own), *[None] * 10
         s, g, dh = unit_gradients(g, dh) if plan.unit else (None, g, dh)
-        grads = _backward(plan, head, y, rows, c, Rows(loss, lse, entropy=entropy), g, dh, kept)
-        s = torch.ones_like(lse[:1].sum()) if s is None else s
+        grads = _backward(plan, head, y, rows, c, lse, entropy, g, dh, kept)
+        s = lse.new_ones(()) if s is None else s
         return *(scaled(t, s, like, own) for t, like in zip(grads, head, strict=True)), *[None] * 6
 
 

@@ -170,6 +170,8 @@ def _known(
     leaves = [mine[name].requires_grad_() for name in ("logp", "entropy") if name in mine]
     with torch.enable_grad():
         loss = loss_fn(TokenStats(**mine), one.take)
+        if not loss.requires_grad:  # a constant
+            return loss, torch.zeros_like(leaves[0]), None
         grads: list[Tensor | None] = [*torch.autograd.grad(loss, leaves, allow_unused=True)]
     g, dh = grads[0], grads[1] if len(grads) > 1 else None
     return loss.detach(), torch.zeros_like(leaves[0]) if g is None else -g, dh
@@ -224,6 +226,7 @@ def linear_loss(
         loss_fn: gets `TokenStats` of some sequences, (s, T) each, and `take`, which cuts any tensor
             (S, ...) to the same sequences; returns their share of the loss, a scalar: the loss is
             the sum over calls. Gradients reach `logp` and `entropy` and nothing else that it uses.
+            It lives as long as the loss's graph, with all that it refers to.
         together: what one call of `loss_fn` must see whole: a "sequence", a "pair" (sequence i and
             S / 2 + i; the first half of what it gets are the chosen ones), or the "batch".
         outputs: as in `linear_token_stats`. options: see `HeadOptions`; the default

@@ -184,7 +184,8 @@ def _row_loss_kernel(
     c_y, c_sum = 1.0, fp32(total)
     if HAS_C:
         c_y = tl.load(c_ptr + y, mask=own, other=0.0)
-        c_sum = tl.load(c_sum_ptr)
+        if HAS_SMOOTHING:
+            c_sum = tl.load(c_sum_ptr)
     g = tl.where(valid, 1.0, float("nan"))
     if HAS_LSE:
         lse = tl.load(lse_ptr + row)
@@ -297,8 +298,9 @@ def _triton(
     weight, dh_in = loss if g is None else g, loss if dh is None else dh
     dz_out = z if dz is None else dz
     args = (
-        z, y, loss if c is None else c, loss if c is None else c.sum(), weight, dh_in,
-        loss, rows.lse, *(loss if t is None else t for t in (mean, *rows[3:])), dz_out,
+        z, y, loss if c is None else c, c.sum() if smooth and c is not None else loss,
+        weight, dh_in, loss, rows.lse,
+        *(loss if t is None else t for t in (mean, *rows[3:])), dz_out,
         z.stride(0), weight.stride(0), dh_in.stride(0), dz_out.stride(0),
         V, first, total, o.ignore_index, o.scale if capped else o.scale / o.temperature,
         1 / o.temperature, o.softcap or 1.0, o.label_smoothing, o.z_loss,

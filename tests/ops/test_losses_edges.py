@@ -1,5 +1,6 @@
 """Labels and logits that trip up losses, and the memory that they were made to save."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -93,8 +94,15 @@ def test_nothing_to_learn_from_with_weights(
 
 @both
 @pytest.mark.parametrize("size", [1e-6, 1e6])
-@pytest.mark.parametrize("named", ["weights", "class_weight", "both", "class_weight+z_loss"])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    "reduction, named",
+    [
+        *itertools.product(
+            ["mean", "sum"], ["weights", "class_weight", "both", "class_weight+z_loss"]
+        ),
+        *itertools.product(["none"], ["weights", "class_weight", "both"]),
+    ],
+)
 def test_fp16_takes_weights_of_any_size(reduction: str, named: str, size: float, impl: str) -> None:
     x, w = (t.detach().half().requires_grad_() for t in operands())
     y, each = labels(M, V), torch.linspace(1, 3, M, device=DEVICE)
@@ -102,11 +110,11 @@ def test_fp16_takes_weights_of_any_size(reduction: str, named: str, size: float,
     kw: dict = dict(weights=size * each, class_weight=size * c)
     kw = {n: t for n, t in kw.items() if n in named or named == "both"}
     kw |= dict(z_loss=0.1 if "z_loss" in named else 0.0, reduction=reduction)
-    loss = linear_cross_entropy(x, w, y, impl=impl, **kw)  # pyright: ignore
+    loss = linear_cross_entropy(x, w, y, impl=impl, **kw).sum()  # pyright: ignore
     ours = [loss, *torch.autograd.grad(loss / loss.detach(), (x, w))]
     exact = [t.detach().double().requires_grad_() for t in (x, w)]
     kw = {n: t.double() if isinstance(t, Tensor) else t for n, t in kw.items()}
-    want = linear_cross_entropy(*exact, y, **kw)
+    want = linear_cross_entropy(*exact, y, **kw).sum()
     for got, e in zip(ours, (want, *torch.autograd.grad(want / want.detach(), exact)), strict=True):
         assert (got - e).norm() <= FLOOR * torch.finfo(torch.float16).eps * e.norm()
 
@@ -202,6 +210,16 @@ def test_the_loss_does_not_depend_on_the_budget_or_on_the_order(impl: str) -> No
         torch.testing.assert_close(got, want)
     flip = linear_cross_entropy(x.flip(0), w, y.flip(0), impl=impl)  # pyright: ignore
     torch.testing.assert_close(flip, want)
+
+
+@both
+def test_a_row_loss_may_be_written_to(impl: str) -> None:
+    x, w = operands()
+    y, mask = labels(M, V), torch.arange(M, device=DEVICE) % 2
+    rows = linear_cross_entropy(x, w, y, reduction="none", impl=impl)  # pyright: ignore
+    got = torch.autograd.grad(rows.mul_(mask).sum(), w)
+    want = torch.autograd.grad((F.cross_entropy(x @ w.T, y, reduction="none") * mask).sum(), w)
+    torch.testing.assert_close(got, want)
 
 
 @both
@@ -314,6 +332,9 @@ def test_autocast_errs_no_more_than_torch(dtype: torch.dtype) -> None:
         (dict(reduction="avg"), "reduction must be"),
         (dict(impl="cuda"), "impl must be"),
         (dict(reduction="none", total=torch.ones(())), "total divides the sum"),
+        (dict(total=torch.ones(1)), r"total must be 0-d.*got \(1,\)"),
+        (dict(labels=LabelScan(torch.zeros(2, dtype=torch.long), 7)), "got one of 2 labels"),
+        (dict(labels=LabelScan(torch.zeros(3, dtype=torch.long), 9)), "V=7.*V=9"),
         (dict(weights=torch.ones(2)), r"weights must have y's shape \(3,\)"),
         (dict(weights=torch.ones(3, requires_grad=True)), "requires_grad=True; detach"),
         (dict(class_weight=torch.ones(3)), r"class_weight must be \(7,\)"),

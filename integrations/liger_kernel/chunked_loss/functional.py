@@ -46,12 +46,8 @@ Metrics = tuple[Tensor, ...]
 
 
 def _pair_metrics(stats: PreferenceStats, x: Tensor, w: Tensor, b: Tensor | None) -> Metrics:
-    half = x.shape[0] // 2
-    halves = x.detach().view(2, half, *x.shape[1:]) if x.is_contiguous() else None
-    if halves is None:
-        halves = torch.stack((x[:half], x[half:]))
-    chosen, rejected = mean_logits(halves, w, b).unbind()
-    return stats.logps[:half], stats.logps[half:], chosen, rejected, stats.nll
+    chosen, rejected = mean_logits(x.unflatten(0, (2, -1)), w, b).unbind()
+    return *_halves(stats.logps), chosen, rejected, stats.nll, *_halves(stats.rewards)
 
 
 def _pairs(
@@ -117,10 +113,8 @@ def liger_fused_linear_dpo(
         use_ref_model, ref_input, ref_weight, ref_bias, target, average_log_prob, ignore_index,
         memory_budget,
     )  # fmt: skip
-    value, stats, metrics = _pairs(
-        _input, weight, target, loss, bias, ignore_index, memory_budget, ref
-    )
-    return value, (*metrics, *_halves(stats.rewards))
+    value, _, metrics = _pairs(_input, weight, target, loss, bias, ignore_index, memory_budget, ref)
+    return value, metrics
 
 
 def liger_fused_linear_orpo(
@@ -147,7 +141,7 @@ def liger_fused_linear_orpo(
         _input, weight, target, loss, bias, ignore_index, memory_budget, nll_y=nll_y
     )
     ratio, odds = loss.log_odds(Pairs(*_halves(stats.logps)))
-    return value, (*metrics, *_halves(stats.rewards), ratio.mean(), odds.mean())
+    return value, (*metrics, ratio.mean(), odds.mean())
 
 
 def liger_fused_linear_cpo(
@@ -171,8 +165,8 @@ def liger_fused_linear_cpo(
         beta=beta, label_smoothing=label_smoothing, average=average_log_prob,
         nll_weight=alpha if compute_nll_loss else 0.0,
     )  # fmt: skip
-    value, stats, metrics = _pairs(_input, weight, target, loss, bias, ignore_index, memory_budget)
-    return value, (*metrics, *_halves(stats.rewards))
+    value, _, metrics = _pairs(_input, weight, target, loss, bias, ignore_index, memory_budget)
+    return value, metrics
 
 
 def liger_fused_linear_simpo(
@@ -196,8 +190,8 @@ def liger_fused_linear_simpo(
         beta=beta, gamma=gamma, label_smoothing=label_smoothing,
         nll_weight=alpha if compute_nll_loss else 0.0,
     )  # fmt: skip
-    value, stats, metrics = _pairs(_input, weight, target, loss, bias, ignore_index, memory_budget)
-    return value, (*metrics, *_halves(stats.rewards))
+    value, _, metrics = _pairs(_input, weight, target, loss, bias, ignore_index, memory_budget)
+    return value, metrics
 
 
 def liger_fused_linear_kto(

@@ -118,7 +118,8 @@ def liger_fused_linear_cross_entropy(
         return linear_cross_entropy(input, weight, target, bias, **options)
     out = linear_cross_entropy_stats(input, weight, target, bias, **options)
     hits = out.token_accuracy
-    hits = (out.predicted == target).to(hits.dtype) if reduction == "none" else hits
+    if reduction == "none":
+        hits = ((out.predicted == target) & (target != ignore_index)).to(hits.dtype)
     return CrossEntropyOutput(
         out.loss,
         out.z_loss if return_z_loss else None,
