@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from cases import full_logits, labels, uneven_labels
+from liger_core import LabelScan
 from liger_core.losses import (
     CPO,
     DPO,
@@ -131,6 +132,14 @@ def test_nothing_scored(loss: PairLoss | KTO) -> None:
 
 
 @every_loss
+def test_no_sequences(loss: PairLoss | KTO) -> None:
+    call, inputs = calls(loss, torch.arange(0, device=DEVICE))
+    got = everything(call, inputs)
+    assert got["loss"] == 0 and got["dx"].shape == (0, T, H) and got["logps"].shape == (0,)
+    assert not got["dw"].any() and not got["db"].any()
+
+
+@every_loss
 def test_no_gradient_is_taken_under_no_grad(loss: PairLoss | KTO) -> None:
     call, inputs = calls(loss)
     with torch.no_grad():
@@ -218,6 +227,8 @@ def test_means_of_logits(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert not got.requires_grad
         torch.testing.assert_close(got, want)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            assert torch.equal(mean_logits(x, w, bias), got)
 
 
 # What does not fit
@@ -249,6 +260,7 @@ REFUSED = [
     (dict(y=Y.float()), "labels must be integers"),
     (dict(b=torch.zeros(6)), r"b must be \(7,\)"),
     (dict(outputs=("entropie",)), "outputs may be"),
+    (dict(labels=LabelScan(Y[:, :2], 7)), "labels must be a LabelScan of y"),
     (dict(desirable=GOOD[:3], loss=KTO()), r"desirable must be \(4,\), got \(3,\)"),
     (dict(desirable=GOOD.long(), loss=KTO()), "desirable must be bool"),
     (dict(desirable=GOOD, loss=KTO(), ref_logps=torch.zeros(4, 1)), r"ref_logps must be \(4,\)"),
