@@ -31,6 +31,13 @@ class PreferenceStats(NamedTuple):
     tokens: TokenStats  # (S, T) each
 
 
+def _check_labels(y: Tensor, pairs: bool) -> None:
+    if y.dim() != 2 or (pairs and y.shape[0] % 2):
+        raise ValueError(
+            f"y must be (S, T){', with S even for pairs' if pairs else ''}, got {tuple(y.shape)}"
+        )
+
+
 def token_weights(
     y: Tensor,
     *,
@@ -47,6 +54,7 @@ def token_weights(
         ld_alpha: weight of the labels of a pair beyond the shorter one's length (LD-DPO, Liu et
             al. 2024, equation 9); None for 1.
     """
+    _check_labels(y, ld_alpha is not None)
     scored = y != ignore_index
     weights, lengths = scored.to(dtype), scored.sum(-1)
     if ld_alpha is not None:
@@ -194,6 +202,7 @@ def linear_preference_loss(
         cross entropy of its own: three products more of the chosen half; where labels are not
         counted (torch.compile, compact=False) such a position gives NaN.
     """
+    _check_labels(y, True)
     ignore_index = options.get("ignore_index", IGNORE_INDEX)
     if ref_logps is not None and (ref_logps.shape != y.shape[:1] or ref_logps.requires_grad):
         raise ValueError(

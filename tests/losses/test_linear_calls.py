@@ -260,6 +260,8 @@ REFUSED = [
     (dict(y=Y.float()), "labels must be integers"),
     (dict(b=torch.zeros(6)), r"b must be \(7,\)"),
     (dict(outputs=("entropie",)), "outputs may be"),
+    (dict(x=torch.ones(3, 2, 4), y=torch.zeros(3, 2).long()), r"S even for pairs, got \(3, 2\)"),
+    (dict(x=torch.ones(2, 4), y=torch.zeros(2).long()), r"y must be \(S, T\).*got \(2,\)"),
     (dict(labels=LabelScan(Y[:, :2], 7)), "labels must be a LabelScan of y"),
     (dict(desirable=GOOD[:3], loss=KTO()), r"desirable must be \(4,\), got \(3,\)"),
     (dict(desirable=GOOD.long(), loss=KTO()), "desirable must be bool"),
