@@ -19,7 +19,7 @@ from liger_core.ops.labels import IGNORE_INDEX, LabelScan
 from liger_core.ops.linear_cross_entropy import linear_cross_entropy
 from liger_core.ops.linear_head import HeadOptions
 from liger_core.ops.linear_logprob import Output, TokenStats, linear_logprob
-from liger_core.ops.linear_loss import linear_loss
+from liger_core.ops.linear_loss import check_sequences, linear_loss
 
 
 class PreferenceStats(NamedTuple):
@@ -29,13 +29,6 @@ class PreferenceStats(NamedTuple):
     rewards: Tensor  # (S,)
     nll: Tensor  # 0-d: mean negative log-likelihood of the chosen tokens; 0 where it has no weight
     tokens: TokenStats  # (S, T) each
-
-
-def _check_labels(y: Tensor, pairs: bool) -> None:
-    if y.dim() != 2 or (pairs and y.shape[0] % 2):
-        raise ValueError(
-            f"y must be (S, T){', with S even for pairs' if pairs else ''}, got {tuple(y.shape)}"
-        )
 
 
 def token_weights(
@@ -54,7 +47,7 @@ def token_weights(
         ld_alpha: weight of the labels of a pair beyond the shorter one's length (LD-DPO, Liu et
             al. 2024, equation 9); None for 1.
     """
-    _check_labels(y, ld_alpha is not None)
+    check_sequences(y, ld_alpha is not None)
     scored = y != ignore_index
     weights, lengths = scored.to(dtype), scored.sum(-1)
     if ld_alpha is not None:
@@ -202,7 +195,7 @@ def linear_preference_loss(
         cross entropy of its own: three products more of the chosen half; where labels are not
         counted (torch.compile, compact=False) such a position gives NaN.
     """
-    _check_labels(y, True)
+    check_sequences(y, True)
     ignore_index = options.get("ignore_index", IGNORE_INDEX)
     if ref_logps is not None and (ref_logps.shape != y.shape[:1] or ref_logps.requires_grad):
         raise ValueError(

@@ -9,7 +9,7 @@ u and v are a low-rank term, such as LoRA on the head, that costs no copy of w. 
 
 from collections.abc import Callable
 from functools import wraps
-from typing import NamedTuple, ParamSpec, TypedDict, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -139,7 +139,6 @@ class Call(NamedTuple):
     plan: Plan
     n: int
     counts: list[int]  # scored labels of each sequence; empty if they were not counted
-    options: Options
 
     def labels(self) -> Tensor:
         """(n,) labels of the scored rows."""
@@ -226,7 +225,7 @@ def prepare(x: Tensor, w: Tensor, y: Tensor, b: Tensor | None, o: RowLoss, opt: 
         rows, counts = scan.rows(), scan.counts()
     head = Head(x.reshape(-1, x.shape[-1]), w, b, u, v)
     n = head.x.shape[0] if rows is None else rows.shape[0]
-    return Call(head, as_labels(y), rows, _plan(head, n, o, opt), n, counts, opt)
+    return Call(head, as_labels(y), rows, _plan(head, n, o, opt), n, counts)
 
 
 def _plan(head: Head, n: int, o: RowLoss, opt: Options) -> Plan:
@@ -266,15 +265,18 @@ def largest(t: Tensor) -> Tensor:
     return most.masked_fill(most == 0, 1.0)
 
 
-def without_autocast(fn: Callable[P, R]) -> Callable[P, R]:
+def without_autocast(
+    fn: Callable[Concatenate[Plan, Head, P], R],
+) -> Callable[Concatenate[Plan, Head, P], R]:
     """The plan's dtype says it all."""
 
     @wraps(fn)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
-            return fn(*args, **kwargs)
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            return fn(*args, **kwargs)
+    def run(plan: Plan, head: Head, *args: P.args, **kwargs: P.kwargs) -> R:
+        device = head.x.device.type
+        if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
+            return fn(plan, head, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return fn(plan, head, *args, **kwargs)
 
     return run
 

@@ -176,9 +176,8 @@ def row_losses(call: Call, want: Want, c: Tensor | None = None, keep: int | None
 
 
 def token_stats(call: Call, y: Tensor, rows: Rows) -> TokenStats:
-    y_rows = call.labels()
-    hit = None if rows.top is None else (rows.top == y_rows) & (y_rows != call.plan.o.ignore_index)
-    values = (-rows.loss, rows.entropy, rows.log_sum_sq_probs, rows.mean_logit, hit)
+    hits = rows.hits(call.labels(), call.plan.o.ignore_index)
+    values = (-rows.loss, rows.entropy, rows.log_sum_sq_probs, rows.mean_logit, hits)
     return TokenStats(*(None if t is None else call.spread(t, y) for t in values))  # pyright: ignore
 
 

@@ -50,6 +50,14 @@ Together = Literal["sequence", "pair", "batch"]
 LossFn = Callable[[TokenStats, Callable[[Tensor], Tensor]], Tensor]
 
 
+def check_sequences(y: Tensor, pairs: bool) -> None:
+    """ValueError unless y is (S, T), of an even S for pairs."""
+    if y.dim() != 2 or (pairs and y.shape[0] % 2):
+        raise ValueError(
+            f"y must be (S, T){', with S even for pairs' if pairs else ''}, got {tuple(y.shape)}"
+        )
+
+
 class _Bin(NamedTuple):
     """Whole groups that go through together."""
 
@@ -87,7 +95,9 @@ def _capacity(sizes: list[int], row_bytes: int, budget: int | None) -> int:
     return low
 
 
-def _bins(call: Call, y: Tensor, together: Together) -> tuple[Tensor | None, list[_Bin]]:
+def _bins(
+    call: Call, y: Tensor, together: Together, budget: int | None
+) -> tuple[Tensor | None, list[_Bin]]:
     """The scored rows in the order of the bins, None for all in their own, and the bins."""
     S, T = y.shape
     halves = 2 if together == "pair" else 1
@@ -96,7 +106,7 @@ def _bins(call: Call, y: Tensor, together: Together) -> tuple[Tensor | None, lis
         raise ValueError(f"labels must be a LabelScan of y {tuple(y.shape)}, not of another shape")
     groups = S // halves
     sizes = [sum(counts[h * groups + i] for h in range(halves)) for i in range(groups)]
-    most = _capacity(sizes, call.plan.row_bytes, call.options.memory_budget)
+    most = _capacity(sizes, call.plan.row_bytes, budget)
     whole = together == "batch" or call.plan.unit
     bins, order, start = list[_Bin](), list[tuple[int, int]](), 0
     offsets = [0, *itertools.accumulate(counts)]
@@ -131,8 +141,9 @@ def _walk_bins(
             walk.loss(walk.logits(part, buffer), y[part], None, want, None, False)
             for part in one.parts
         ]
-        labels = y[one.rows]
-        _store(values, join(out), labels, labels != plan.o.ignore_index, at, shape)
+        rows_of_bin = join(out)
+        hits = rows_of_bin.hits(y[one.rows], plan.o.ignore_index)
+        _store(values, rows_of_bin, hits, at, shape)
         some, g, dh = _known(values, one, loss_fn)
         loss = some if loss is None else loss + some
         g, dh = _at(g, one, at, shape), None if dh is None else _at(dh, one, at, shape)
@@ -149,13 +160,12 @@ def _walk_bins(
 
 
 def _store(
-    values: dict[str, Tensor], rows: Rows, y: Tensor, scored: Tensor, at: slice | Tensor,
+    values: dict[str, Tensor], rows: Rows, hits: Tensor | None, at: slice | Tensor,
     shape: torch.Size,
 ) -> None:  # fmt: skip
     """Put the values of some rows where they belong among those of all labels."""
-    hit = None if rows.top is None else (rows.top == y) & scored
     named = {"logp": -rows.loss, "entropy": rows.entropy, "mean_logit": rows.mean_logit,
-             "log_sum_sq_probs": rows.log_sum_sq_probs, "is_top1": hit}  # fmt: skip
+             "log_sum_sq_probs": rows.log_sum_sq_probs, "is_top1": hits}  # fmt: skip
     for name, value in named.items():
         if value is not None:
             everywhere = values.setdefault(name, value.new_zeros(shape))
@@ -243,11 +253,7 @@ def linear_loss(
     """
     if together not in ("sequence", "pair", "batch"):
         raise ValueError(f"together must be 'sequence', 'pair' or 'batch', got {together!r}")
-    if y.dim() != 2 or (together == "pair" and y.shape[0] % 2):
-        raise ValueError(
-            f"y must be (S, T){', with S even for pairs' if together == 'pair' else ''}, got "
-            f"{tuple(y.shape)}"
-        )
+    check_sequences(y, together == "pair")
     opt, want = Options(**options), wanted(outputs)
     call = prepare(x, w, y, b, opt.row_loss(), opt)
     plan = call.plan
@@ -255,7 +261,7 @@ def linear_loss(
         stats = token_stats(call, y, row_losses(call, want))
         loss = loss_fn(stats, lambda t: t)
         return loss, TokenStats(*(None if t is None else t.detach() for t in stats))  # pyright: ignore
-    rows, bins = _bins(call, y, together)
+    rows, bins = _bins(call, y, together, opt.memory_budget)
     parts = sum(len(one.parts) for one in bins)
     plan = plan._replace(dw_dtype=opt.accum_dtype or sum_dtype(w.dtype, parts))
     labels = call.y if rows is None else call.y[rows]

@@ -88,6 +88,10 @@ class Rows(NamedTuple):
     top: Tensor | None = None  # int64 class of the largest logit, the first of several; -1
     top_logit: Tensor | None = None
 
+    def hits(self, y: Tensor, ignore_index: int) -> Tensor | None:
+        """(M,) bool: the label is scored, and is the class of the largest logit."""
+        return None if self.top is None else (self.top == y) & (y != ignore_index)
+
     def without(self, ignored: Tensor) -> "Rows":
         """With 0, for `top` -1, in rows whose label is ignored."""
         values = (None if t is None else t.masked_fill(ignored, -(t is self.top)) for t in self)

@@ -299,7 +299,7 @@ def peak(loss: PairLoss | KTO, x: Tensor, w: Tensor, y: Tensor, budget: int) -> 
     return memory.bytes
 
 
-@pytest.mark.skipif(GPU, reason="the allocator's own figures: see benchmarks/linear_losses.py")
+@pytest.mark.skipif(GPU, reason="the allocator's own figures: see benchmarks/NOTES.md")
 @pytest.mark.parametrize(
     "loss", [DPO(), WEIGHTED, ORPO(), KTO()], ids=["dpo", "wpo", "orpo", "kto"]
 )

@@ -90,7 +90,7 @@ def test_bins_hold_every_row_once(S: int, T: int, most: int, compact: bool, toge
     y, half = uneven_labels(S, T, V), S // 2
     opt = Options(memory_budget=most * V * 4, compact=compact)
     call = prepare(x, w, y, None, RowLoss(), opt)
-    order, bins = _bins(call, y, together)
+    order, bins = _bins(call, y, together, opt.memory_budget)
     everything = torch.arange(S * T, device=DEVICE)
     scored = everything[y.flatten() != -100] if compact else everything
     order = scored if order is None else order
@@ -445,7 +445,7 @@ def peak_bytes(step: Callable[[], Any]) -> int:
     return peak.bytes
 
 
-@pytest.mark.skipif(GPU, reason="the allocator's own figures: see benchmarks/training_step.py")
+@pytest.mark.skipif(GPU, reason="the allocator's own figures: see benchmarks/NOTES.md")
 def test_memory_is_that_of_the_scored_tokens() -> None:
     S, scored, H, V = 32, 64, 32, 4096
     torch.manual_seed(0)
@@ -462,7 +462,7 @@ def test_memory_is_that_of_the_scored_tokens() -> None:
     assert peaks[1024] - peaks[scored] <= 1.5 * x_bytes, "more than dx and a few numbers a token"
 
 
-@pytest.mark.skipif(GPU, reason="the allocator's own figures: see benchmarks/training_step.py")
+@pytest.mark.skipif(GPU, reason="the allocator's own figures: see benchmarks/NOTES.md")
 def test_logits_are_kept_for_a_backward_only() -> None:
     x, w = torch.randn(512, H), torch.randn(4096, H)
     y, logits = torch.randint(4096, (512,)), 512 * 4096 * 4

@@ -369,7 +369,7 @@ def test_by_default_there_are_as_many_chunks_as_meant(n: int, share: int) -> Non
     assert chunks == share and chunk_rows(n, chunks) < n / share + 128
 
 
-@pytest.mark.skipif(GPU, reason="the allocator's own figures: see benchmarks/training_step.py")
+@pytest.mark.skipif(GPU, reason="the allocator's own figures: see benchmarks/NOTES.md")
 def test_full_logits_are_never_held() -> None:
     from liger_kernel.measure import PeakMemory
 
