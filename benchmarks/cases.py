@@ -1,101 +1,16 @@
-"""What is measured: every case, its inputs, and the least work that it could be done with.
+"""What is measured, as data.
 
 A case names an operation (`op`, which `providers.py` computes), a shape, which makes the inputs and
-says the floor, and what differs between cases. A new kind of operation brings its own shape class
-with the members of `Head`: `floor`, `tiny`, `inputs`, `leaves`.
+says the floor, and what differs between cases. A new kind of operation brings its own shape class,
+see `shapes.py`.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor
-
-IGNORE_INDEX = -100
-
-
-@dataclass(frozen=True)
-class Floor:
-    """The least work of forward and backward, and by what rate of the machine it is judged.
-
-    "flops" by the rate of a bf16 product (m, k) @ (k, n) of the shape `gemm`; "bytes", every tensor
-    read or written once, by the rate of a copy.
-    """
-
-    kind: Literal["flops", "bytes"]
-    amount: int
-    gemm: tuple[int, int, int] | None = None
-
-
-class HeadInputs(NamedTuple):
-    """Hidden states (B, T, H), head (V, H), labels (B, T); for a reference model the first two."""
-
-    x: Tensor
-    w: Tensor
-    y: Tensor
-    ref_x: Tensor | None
-    ref_w: Tensor | None
-    preferred: Tensor  # (B,) bool: the first half of the sequences
-
-
-@dataclass(frozen=True)
-class Head:
-    """A linear head under a loss. Of every sequence the last `scored` labels count, None for all.
-
-    Products over scored rows only: logits, dx and dw of 2 N H V operations each, a reference
-    model's logits one more, a frozen head's dw one less. With `fp32`, x and w are fp32 under bf16
-    autocast, as in transformers' `bf16=True`: the last norm's fp32 weight makes its output fp32.
-    """
-
-    sequences: int
-    length: int
-    hidden: int = 4096
-    vocab: int = 128256
-    scored: int | None = None
-    frozen: bool = False
-    reference: bool = False
-    fp32: bool = False
-
-    @property
-    def scored_rows(self) -> int:
-        return self.sequences * (self.length if self.scored is None else self.scored)
-
-    @property
-    def floor(self) -> Floor:
-        products = 3 + self.reference - self.frozen
-        amount = products * 2 * self.scored_rows * self.hidden * self.vocab
-        rows = min(self.sequences * self.length, 8192)
-        return Floor("flops", amount, (rows, self.hidden, self.vocab))
-
-    def tiny(self) -> "Head":
-        """The same case at a size for any machine."""
-        scored = None if self.scored is None else max(self.scored // 64, 1)
-        length = max(self.length // 64, scored or 1)
-        return dataclasses.replace(self, length=length, hidden=32, vocab=512, scored=scored)
-
-    def inputs(self, device: str) -> HeadInputs:
-        """Random ones, of a trained model's scale; the same in every process."""
-        torch.manual_seed(0)
-        dtype = torch.float32 if self.fp32 else torch.bfloat16
-        x = torch.randn(
-            self.sequences, self.length, self.hidden, dtype=dtype, device=device, requires_grad=True
-        )
-        w = torch.randn(self.vocab, self.hidden, dtype=dtype, device=device).mul_(0.02)
-        y = torch.randint(self.vocab, (self.sequences, self.length), device=device)
-        if self.scored is not None:
-            y[:, : self.length - self.scored] = IGNORE_INDEX
-        ref_x = ref_w = None
-        if self.reference:
-            ref_x = torch.randn_like(x, requires_grad=False).mul_(0.1).add_(x.detach())
-            ref_w = w.clone()
-        preferred = torch.arange(self.sequences, device=device) < self.sequences // 2
-        return HeadInputs(x, w.requires_grad_(not self.frozen), y, ref_x, ref_w, preferred)
-
-    def leaves(self, inputs: HeadInputs) -> dict[str, Tensor]:
-        """What gradients are taken of."""
-        return {"dx": inputs.x} if self.frozen else {"dx": inputs.x, "dw": inputs.w}
+from benchmarks.shapes import Glu, Head, Logits, Norm, Rope, Shape
 
 
 @dataclass(frozen=True)
@@ -116,7 +31,7 @@ class Case:
     name: str
     group: str
     op: str
-    shape: Head
+    shape: Shape
     only: tuple[str, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     like: str | None = None
@@ -157,7 +72,16 @@ def _over_length(op: str) -> list[Case]:
     ]
 
 
+def _kernel(op: str, size: str, shape: Shape, group: str = "kernels", **more: Any) -> Case:
+    return Case(f"{op}-{size}", group, op, shape, **more)
+
+
+def _rms_norm(rows: int, width: int) -> Case:
+    return _kernel("rms_norm", f"{rows}x{width}", Norm((rows,), width))
+
+
 FULL_LOGITS = {"memory_budget": 8192 * 128256 * 2}  # beside dw and dx, 3070 MiB in all
+IN_PLACE = {"only": ("liger", "ours"), "like": "swiglu-16384x14336"}
 
 CASES: list[Case] = [
     _linear("8k", Head(4, 2048)),
@@ -171,4 +95,24 @@ CASES: list[Case] = [
     *_over_length("dpo"),
     *_preference(4),
     *_preference(16),
+    _rms_norm(65536, 4096),
+    _rms_norm(131072, 2048),
+    _rms_norm(32768, 8192),
+    _rms_norm(16384, 16384),
+    _rms_norm(16384, 4096),
+    _kernel("rms_norm", "heads-2097152x128", Norm((16, 4096, 32), 128)),  # of queries, per head
+    _kernel("add_rms_norm", "65536x4096", Norm((65536,), 4096, residual=True)),
+    _kernel("layer_norm", "65536x4096", Norm((65536,), 4096, bias=True)),
+    _kernel("swiglu", "16384x14336", Glu(16384, 14336)),
+    _kernel("swiglu_inplace", "16384x14336", Glu(16384, 14336), **IN_PLACE),
+    _kernel("swiglu_packed", "16384x14336", Glu(16384, 14336, packed=True)),
+    _kernel("geglu", "16384x14336", Glu(16384, 14336, act="gelu_tanh")),
+    _kernel("rope", "16x4096", Rope(16, 4096, heads=32, kv_heads=8, dim=128)),
+    _kernel("cross_entropy", "8192x128256", Logits(8192, 128256)),
+    _kernel("cross_entropy", "8192x151936", Logits(8192, 151936)),
+    _kernel("cross_entropy", "8192x32000", Logits(8192, 32000)),
+    # A model of 135M parameters at 1 x 512 tokens: what a launch costs the host.
+    _kernel("rms_norm", "512x576", Norm((512,), 576), group="launch"),
+    _kernel("swiglu", "512x1536", Glu(512, 1536), group="launch"),
+    _kernel("rope", "1x512", Rope(1, 512, heads=9, kv_heads=3, dim=64), group="launch"),
 ]

@@ -1,8 +1,9 @@
-"""How each provider computes a case: ours, peers, and plain torch.
+"""How each provider computes a case: ours, peers, and plain torch. Here losses under a head.
 
 `PROVIDERS[name].compute(case)` gives a function of the case's inputs that returns a scalar loss, or
-None for an operation that the provider has no way to compute. Packages are imported only then: each
-provider runs in a process of its own, and two of them are called `liger_kernel`.
+a memory-bound op's outputs (`kernels.py`), or None for what the provider has no way to compute.
+Packages are imported only then: each provider runs in a process of its own, and two of them are
+called `liger_kernel`.
 """
 
 import importlib
@@ -14,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import IGNORE_INDEX, Case, HeadInputs
+from benchmarks import kernels
+from benchmarks.cases import Case
+from benchmarks.shapes import IGNORE_INDEX, Head, HeadInputs
 
-Compute = Callable[[Any], Tensor]
+Compute = Callable[[Any], Any]  # of the inputs; a tensor or several
 LogProb = Callable[[Tensor, Tensor, Tensor], Tensor]  # of (x, w, y), in y's shape, 0 where ignored
 
 BETA, SIMPO_MARGIN = 0.1, 0.5  # the defaults of Liger-Kernel's loss classes
@@ -146,8 +149,16 @@ def cce(case: Case) -> Compute | None:
     return None
 
 
+def torch_fused(case: Case) -> Compute | None:
+    """torch's own loss in chunks, where this torch has one."""
+    if case.op != "linear_ce" or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return None
+    f, options = F.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions()
+    return lambda t: f(t.x.flatten(0, 1), t.w, t.y.flatten(), options=options)
+
+
 def ours(case: Case) -> Compute:
-    """This repository; the only calls of its API here."""
+    """This repository; the only calls of its API here and in `kernels.py`."""
     if case.op in CHUNKED:
         return chunked_loss(case.op)
     core = importlib.import_module("liger_core")
@@ -157,24 +168,41 @@ def ours(case: Case) -> Compute:
     return with_logprob(case.op, lambda x, w, y: core.linear_logprob(x, w, y, **case.options))
 
 
+def nothing(_: Any) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Provider:
-    """compute: see above. modules: what it imports. packages: whose versions are reported.
+    """head, op: losses under a head by the case, memory-bound ops by their name.
 
+    modules: what it imports. packages: whose versions are reported.
     peer: not of this repository; `--peer` names the folders that it is imported from.
     """
 
-    compute: Callable[[Case], Compute | None]
+    head: Callable[[Case], Compute | None] = nothing
+    op: Callable[[str], kernels.Op | None] = nothing
     modules: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     peer: bool = False
 
+    def compute(self, case: Case) -> Compute | None:
+        if isinstance(case.shape, Head):
+            return self.head(case)
+        function = self.op(case.op)
+        return function and (lambda t: function(*t.args.values()))
+
 
 PROVIDERS: dict[str, Provider] = {
-    "eager": Provider(eager),
-    "compile": Provider(compiled),
-    "liger": Provider(liger, ("liger_kernel.chunked_loss",), ("liger-kernel",), peer=True),
-    "trl": Provider(trl, ("trl.trainer.utils",), ("trl",), peer=True),  # its backward imports it
-    "cce": Provider(cce, ("cut_cross_entropy",), ("cut-cross-entropy",), peer=True),
-    "ours": Provider(ours, ("liger_core", "liger_kernel")),
+    "eager": Provider(eager, kernels.eager),
+    "compile": Provider(compiled, kernels.compiled),
+    "torch_fused": Provider(torch_fused),
+    "liger": Provider(
+        liger, kernels.liger, ("liger_kernel.chunked_loss",), ("liger-kernel",), peer=True
+    ),
+    # Its backward imports the trainer's utilities.
+    "trl": Provider(trl, nothing, ("trl.trainer.utils",), ("trl",), peer=True),
+    "cce": Provider(cce, nothing, ("cut_cross_entropy",), ("cut-cross-entropy",), peer=True),
+    "quack": Provider(nothing, kernels.quack, ("quack",), ("quack-kernels",), peer=True),
+    "ours": Provider(ours, kernels.ours, ("liger_core", "liger_kernel")),
 }

@@ -7,8 +7,9 @@ them share an import name; `--peer` names the folders of an unpacked package. On
 time, also while it compiles and tunes. Case by case all of them prepare, then take turns, a timing
 round each and every time another one first, so that all meet the same temperatures and clocks.
 Every round measures the machine's ceilings in the same process right after the calls: a share of
-the floor is a round's floor / time, its median is reported. Without a GPU, or with `--smoke`, the
-shapes are tiny, and only the logic is tested.
+the floor is a round's floor / time, its median is reported. Forward alone builds its graph and
+drops it; backward is what both take beyond that. Without a GPU, or with `--smoke`, the shapes are
+tiny, and only the logic is tested.
 """
 
 import argparse
@@ -23,6 +24,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +37,7 @@ from benchmarks.table import table
 
 ROOT = Path(__file__).parents[1]
 OWN = [str(ROOT), str(ROOT / "integrations")]
+TIMING = ("calls", "round_ms", "ceiling_ms")  # of one round, see `Worker.round`
 Reply = dict[str, Any]
 
 
@@ -125,7 +129,7 @@ def measure(case: Case, processes: list[Process], args: argparse.Namespace) -> l
         for process in processes[first:] + processes[:first]:
             if "error" in replies[process.name]:
                 continue
-            timing = {"calls": args.calls, "ceiling_ms": args.ceiling_ms}
+            timing = {k: getattr(args, k) for k in TIMING}
             answer = process.ask(args.timeout, do="round", **timing)
             if "error" in answer:
                 replies[process.name] = answer
@@ -143,13 +147,23 @@ def row(case: Case, provider: str, reply: Reply, rounds: list[Reply]) -> Reply:
         return {**head, "error": reply["error"]}
     result = {**head, **reply}
     if rounds:
-        kind, amount = case.shape.floor.kind, case.shape.floor.amount
-        floors = [amount / r["rates"][kind] * 1e3 for r in rounds]
+        floor = case.shape.floor
+        rates = [r["rates"][floor.kind] for r in rounds]
+
+        def median(name: str) -> float:
+            return statistics.median(r[name] for r in rounds)
+
+        def share(name: str, amount: int) -> float:
+            each = zip(rates, rounds, strict=True)
+            return statistics.median(amount / rate * 1e3 / r[name] for rate, r in each)
+
+        result |= {name: median(name) for name in ("ms", "forward_ms", "host_us")}
         result |= {
-            "ms": statistics.median(r["ms"] for r in rounds),
-            "share": statistics.median(f / r["ms"] for f, r in zip(floors, rounds, strict=True)),
-            "host_us": statistics.median(r["host_us"] for r in rounds),
-            "floor_ms": statistics.median(floors),
+            "share": share("ms", floor.amount),
+            "forward_share": share("forward_ms", floor.forward),
+            "floor_ms": statistics.median(floor.amount / rate * 1e3 for rate in rates),
+            "rate": floor.amount / result["ms"] / (1e6 if floor.kind == "bytes" else 1e9),
+            "unit": "GB/s" if floor.kind == "bytes" else "TFLOP/s",
             "rounds": rounds,
         }
     return result
@@ -171,7 +185,11 @@ def flag(rows: list[Reply], tolerance: float = 0.02) -> None:
 def run(args: argparse.Namespace, device: str) -> Reply:
     """All of it, as it goes into the JSON file."""
     began = time.monotonic()
-    cases = [c.tiny() if args.smoke else c for c in CASES if re.search(args.cases, c.name)]
+    cases = [
+        c.tiny() if args.smoke else c
+        for c in CASES
+        if re.search(args.cases, c.name) and c.group in args.group
+    ]
     folders = dict(entry.split("=", 1) for entry in args.peer)
     processes = [
         Process(name, [folders[name]] if name in folders else [], device, args.smoke)
@@ -199,15 +217,20 @@ def run(args: argparse.Namespace, device: str) -> Reply:
             process.stop(patience=10)
     flag(rows)
     return {
-        "setting": {k: getattr(args, k) for k in ("smoke", "rounds", "calls", "ceiling_ms")},
+        "setting": {k: getattr(args, k) for k in ("smoke", "rounds", *TIMING)},
         "seconds": round(time.monotonic() - began, 1),
         "commit": commit(),
         "providers": {p.name: p.greet(args.timeout) for p in processes},
-        "floors": {c.name: vars(c.shape.floor) for c in cases},
+        "floors": {c.name: describe(c) for c in cases},
         "shapes": {c.name: {**vars(c.shape), **c.options} for c in cases},
         "skipped": skipped,
         "rows": rows,
     }
+
+
+def describe(case: Case) -> Reply:
+    floor = case.shape.floor
+    return {**vars(floor), "amount": floor.amount}
 
 
 def commit() -> str:
@@ -216,20 +239,26 @@ def commit() -> str:
 
 
 def arguments() -> argparse.Namespace:
-    def names(text: str) -> list[str]:
-        unknown = [n for n in text.split(",") if n not in PROVIDERS]
+    def some_of(known: list[str], text: str) -> list[str]:
+        unknown = [n for n in text.split(",") if n not in known]
         if unknown:
-            raise argparse.ArgumentTypeError(f"{unknown} not among {list(PROVIDERS)}")
+            raise argparse.ArgumentTypeError(f"{unknown} not among {known}")
         return text.split(",")
+
+    def chosen(known: Iterable[str]) -> dict[str, Any]:
+        names = list(dict.fromkeys(known))
+        return {"type": partial(some_of, names), "default": names, "metavar": "LIST"}
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--cases", default="", metavar="REGEX", help="search in the names of cases")
-    add("--providers", type=names, default=list(PROVIDERS), metavar="LIST", help="comma-separated")
+    add("--group", **chosen(c.group for c in CASES), help="comma-separated groups of cases")
+    add("--providers", **chosen(PROVIDERS), help="comma-separated")
     add("--peer", action="append", default=[], metavar="NAME=FOLDER", help="its PYTHONPATH")
     add("--out", type=Path, help="JSON file")
     add("--rounds", type=int, default=3, help="timing rounds of a case")
-    add("--calls", type=int, default=2, help="timed calls a round")
+    add("--calls", type=int, default=2, help="timed calls a round, at least")
+    add("--round-ms", type=float, default=20, help="of timed calls a round, at least")
     add("--ceiling-ms", type=float, default=250, help="of matrix products a round")
     add("--time-budget", type=float, default=345, help="seconds; later cases are skipped")
     add("--timeout", type=float, default=120, help="seconds to wait for one answer")

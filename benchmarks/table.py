@@ -7,14 +7,36 @@ Several files, of one commit and machine, are taken together. The plots need mat
 
 import argparse
 import json
+import math
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 Report = dict[str, Any]
 LEGEND = (
-    "Share of the floor, ms, extra MiB at the peak. "
-    "≠: the loss or a gradient's norm is off by over 2 %. –: not offered."
+    "Share of the floor, ms, for kernels also forward + backward and the rate of the floor's work, "
+    "extra MiB at the peak, host us a call. "
+    "≠: a value or a gradient's norm is off by over 2 %. –: not offered."
 )
+
+
+def mebibytes(row: Report) -> str:
+    mib = row["extra_mib"]
+    return f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.2f} MiB"
+
+
+# How a row's figures read, in their order, and which of them a group shows.
+FIGURES: dict[str, Callable[[Report], str]] = {
+    "share": lambda row: f"{row['share']:.1%}",
+    "ms": lambda row: f"{row['ms']:.4g} ms",
+    "forward_ms": lambda row: f"{row['forward_ms']:.3g} + {row['ms'] - row['forward_ms']:.3g}",
+    "rate": lambda row: f"{row['rate']:.4g} {row['unit']}",
+    "extra_mib": mebibytes,
+    "host_us": lambda row: f"{row['host_us']:.0f} us",
+}
+SHOWN = {"kernels": tuple(FIGURES), "launch": ("host_us", "ms", "forward_ms", "extra_mib")}
+USUAL = ("share", "ms", "extra_mib")
 
 
 def join(reports: list[Report]) -> Report:
@@ -42,10 +64,8 @@ def cell(row: Report | None, notes: list[str]) -> str:
         if note not in notes:
             notes.append(note)
         return f"error {notes.index(note) + 1}"
-    parts = [f"{row['share']:.1%}, {row['ms']:.4g} ms"] if "ms" in row else []
-    if row["extra_mib"] is not None:
-        mib = row["extra_mib"]
-        parts.append(f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.2f} MiB")
+    shown = SHOWN.get(row["group"], USUAL)
+    parts = [FIGURES[name](row) for name in shown if row.get(name) is not None]
     if "mismatch" in row:
         parts.append("≠ " + " ".join(f"{k} {v:.0%}" for k, v in row["mismatch"].items()))
     return ", ".join(parts)
@@ -70,7 +90,12 @@ def table(report: Report) -> str:
     notes: list[str] = []
     lines: list[str] = []
     for cases in grouped(report).values():
-        present = {p for rows in cases.values() for p in rows}
+        present = {
+            provider
+            for rows in cases.values()
+            for provider, row in rows.items()
+            if row.get("error") not in ("not offered", "absent")
+        }
         providers = [p for p in report["providers"] if p in present]
         head = ["case", *providers, "memory, ours / eager"]
         lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -97,16 +122,18 @@ def footer(report: Report, notes: list[str]) -> list[str]:
 
 def ceilings(report: Report, provider: str) -> str:
     """The range of the rates that a provider's process measured."""
-    rounds = [
-        r["rates"]
-        for row in report["rows"]
-        if row["provider"] == provider
-        for r in row.get("rounds", [])
-    ]
-    flops = [r["flops"] / 1e12 for r in rounds if "flops" in r]
-    copies = [r["bytes"] / 1e12 for r in rounds]
-    text = f", {min(flops):.3g} to {max(flops):.3g} TFLOP/s" if flops else ""
-    return text + (f", {min(copies):.3g} to {max(copies):.3g} TB/s" if copies else "")
+    text = ""
+    for kind, unit in (("flops", "TFLOP/s"), ("bytes", "TB/s")):
+        if found := [rate / 1e12 for rate in rates(report, kind, provider)]:
+            text += f", {min(found):.3g} to {max(found):.3g} {unit}"
+    return text
+
+
+def rates(report: Report, kind: str, provider: str | None = None) -> list[float]:
+    """One of the machine's ceilings as measured by a provider's process, or by all."""
+    rows = [row for row in report["rows"] if provider in (None, row["provider"])]
+    rounds = (r["rates"] for row in rows for r in row.get("rounds", []))
+    return [r[kind] for r in rounds if kind in r]
 
 
 def plot_memory(report: Report, file: Path) -> None:
@@ -144,7 +171,7 @@ def plot_shares(report: Report, file: Path) -> None:
 
     shares: dict[str, dict[str, float]] = {}
     for row in report["rows"]:
-        if "share" in row:
+        if "share" in row and row["group"] != "launch":
             shares.setdefault(row["case"], {})[row["provider"]] = row["share"] * 100
     providers = [p for p in report["providers"] if any(p in s for s in shares.values())]
     figure = Figure(figsize=(8, 1.5 + 0.55 * len(shares)), layout="constrained")
@@ -162,6 +189,43 @@ def plot_shares(report: Report, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
+def plot_roofline(report: Report, file: Path) -> None:
+    """Operations a second over operations a byte, both of the floor: a marker a provider."""
+    from matplotlib.figure import Figure
+
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in report["rows"]:
+        floor = report["floors"][row["case"]]
+        if "ms" in row and row["group"] != "launch" and "bytes" in floor:
+            point = floor["flops"] / floor["bytes"], floor["flops"] / row["ms"] / 1e9
+            points.setdefault(row["provider"], []).append(point)
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte of the floor", ylabel="TFLOP/s")
+    axes.grid(True, alpha=0.3)
+    for (provider, found), marker in zip(points.items(), "oxs^vD+*P", strict=False):
+        axes.plot(*zip(*found, strict=True), marker, label=provider, fillstyle="none")
+    if points:
+        draw_roofs(axes, report, [x for found in points.values() for x, _ in found])
+        axes.legend(loc="lower right")
+    figure.savefig(file, dpi=150)
+
+
+def draw_roofs(axes: Any, report: Report, intensities: list[float]) -> None:
+    """The median ceilings over the range of the points."""
+    copy, product = (
+        statistics.median(found) / 1e12 if (found := rates(report, kind)) else math.inf
+        for kind in ("bytes", "flops")
+    )
+    low, high = min(intensities) / 2, max(intensities) * 2
+    corner = min(product / copy, high)
+    axes.plot([low, corner], [low * copy, corner * copy], "k-", linewidth=1)
+    axes.annotate(f"{copy:.3g} TB/s, a copy", (low, low * copy), va="top")
+    if product < math.inf:
+        axes.plot([corner, high], [product, product], "k-", linewidth=1)
+        axes.annotate(f"{product:.3g} TFLOP/s, a product", (corner, product), va="bottom")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
@@ -173,6 +237,7 @@ def main() -> None:
         args.plots.mkdir(parents=True, exist_ok=True)
         plot_memory(report, args.plots / "memory_over_length.png")
         plot_shares(report, args.plots / "share_of_floor.png")
+        plot_roofline(report, args.plots / "roofline.png")
 
 
 if __name__ == "__main__":

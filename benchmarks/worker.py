@@ -11,11 +11,14 @@ error it has let go of the case.
 import gc
 import importlib
 import json
+import math
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -91,10 +94,10 @@ class Clock:
         self.wait()
         return us
 
-    def sustained_ms(self, fn: Callable[[], object], total_ms: float) -> float:
-        """Milliseconds a call over about `total_ms` of calls."""
+    def sustained_ms(self, fn: Callable[[], object], total_ms: float, calls: int = 1) -> float:
+        """Milliseconds a call, over about `total_ms` and at least `calls`, after a warm-up."""
         fn()
-        return self.ms(fn, max(int(total_ms / max(self.ms(fn, 1), 1e-3)), 1))
+        return self.ms(fn, max(math.ceil(total_ms / max(self.ms(fn, 1), 1e-3)), calls))
 
 
 def matmul_rate(clock: Clock, gemm: tuple[int, int, int], device: str, ms: float) -> float:
@@ -130,10 +133,16 @@ def extra_mib(clock: Clock, fn: Callable[[], object]) -> float | None:
     try:
         measure = importlib.import_module("liger_kernel.measure")
     except ImportError:
+        fn()
         return None
     with measure.PeakMemory("cpu") as peak:
         fn()
     return peak.mib
+
+
+def size(value: torch.Tensor) -> float:
+    """A scalar's value, else the norm."""
+    return float(torch.linalg.vector_norm(value, dtype=torch.float32) if value.dim() else value)
 
 
 class Worker:
@@ -144,49 +153,73 @@ class Worker:
         self.case: Case | None = None
         self.compute: Compute | None = None
         self.inputs: Any = None
+        self.leaves: dict[str, torch.Tensor] = {}
 
-    def step(self) -> dict[str, torch.Tensor]:
-        """One forward and backward: the loss and fresh gradients."""
+    def forward(self) -> Any:
+        """The loss or the outputs, with a graph."""
         case, compute = self.case, self.compute
         assert case is not None and compute is not None
-        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=case.shape.fp32):
-            loss = compute(self.inputs)
-        leaves = case.shape.leaves(self.inputs)
-        grads = torch.autograd.grad(loss, list(leaves.values()))
-        return {"loss": loss.detach(), **dict(zip(leaves, grads, strict=True))}
+        half = torch.autocast(self.device, torch.bfloat16) if case.shape.fp32 else nullcontext()
+        with half:
+            return compute(self.inputs)
+
+    def step(self) -> tuple[Any, tuple[torch.Tensor, ...]]:
+        """One forward and backward: the loss or the outputs, and fresh gradients."""
+        outputs = self.forward()
+        dys = self.inputs.dys or None
+        return outputs, torch.autograd.grad(outputs, list(self.leaves.values()), dys)
+
+    def make_inputs(self) -> None:
+        """Anew, after the old ones: some providers write into theirs."""
+        assert self.case is not None
+        self.inputs, self.leaves = None, {}
+        self.release()
+        self.inputs = self.case.shape.inputs(self.device)
+        self.leaves = self.case.shape.leaves(self.inputs)
 
     def prepare(self, name: str) -> dict[str, Any]:
         self.case = self.cases[name]
         self.compute = self.provider.compute(self.case)
         if self.compute is None:
             return {"error": "not offered"}
-        self.inputs = self.case.shape.inputs(self.device)
+        self.make_inputs()
         self.step()  # compiles, and tunes what is tuned
-        result: dict[str, torch.Tensor] = {}
-        extra = extra_mib(self.clock, lambda: result.update(self.step()))
-        values = {
-            k: float(torch.linalg.vector_norm(v, dtype=torch.float32)) if v.dim() else float(v)
-            for k, v in result.items()
-        }
+        self.make_inputs()
+        result: list[torch.Tensor] = []
+
+        def step() -> None:
+            outputs, gradients = self.step()
+            result.extend([outputs] if isinstance(outputs, torch.Tensor) else outputs)
+            result.extend(gradients)
+
+        extra = extra_mib(self.clock, step)
+        names = [*self.case.shape.outputs, *self.leaves]
+        values = {k: size(v.detach()) for k, v in zip(names, result, strict=True)}
         result.clear()
         self.release()
         return {"values": values, "extra_mib": extra}
 
-    def round(self, calls: int, ceiling_ms: float) -> dict[str, Any]:
-        """Times and ceilings side by side; the first call takes its memory anew, uncounted."""
+    def round(self, calls: int, round_ms: float, ceiling_ms: float) -> dict[str, Any]:
+        """Times and ceilings side by side; the first call takes its memory anew, uncounted.
+
+        Providers that overwrite their inputs are timed on what they left there. Host time is a
+        median of five calls, of steps longer than `round_ms` one.
+        """
         assert self.case is not None
-        self.step()
-        host = self.clock.host_us(self.step)
-        ms = self.clock.ms(self.step, calls)
+        ms = self.clock.sustained_ms(self.step, round_ms, calls)
+        forward_ms = self.clock.sustained_ms(self.forward, round_ms, calls)
+        single = [self.clock.host_us(self.step) for _ in range(5 if ms < round_ms else 1)]
         self.release()
         gemm = self.case.shape.floor.gemm
         rates = {"flops": matmul_rate(self.clock, gemm, self.device, ceiling_ms)} if gemm else {}
-        rates["bytes"] = copy_rate(self.clock, self.device, ceiling_ms / 10)
+        rates["bytes"] = copy_rate(self.clock, self.device, ceiling_ms / 5)
         self.release()
-        return {"ms": ms, "host_us": host, "rates": rates}
+        host_us = statistics.median(single)
+        return {"ms": ms, "forward_ms": forward_ms, "host_us": host_us, "rates": rates}
 
     def free(self) -> dict[str, Any]:
         self.case = self.compute = self.inputs = None
+        self.leaves = {}
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
         self.release()
@@ -219,6 +252,7 @@ def main() -> None:
     except Exception as e:  # a package that is broken here is as good as absent
         reply({"absent": f"{type(e).__name__}: {' '.join(str(e).split())}"[:200]})
         return
+    gc.freeze()  # what is imported stays, and need not be looked through again
     worker = Worker(PROVIDERS[name], device, smoke == "smoke")
     for line in sys.stdin:
         message = worker.answer(json.loads(line))

@@ -35,15 +35,13 @@ HAS_TRITON = isinstance(triton, type(torch))
 Impl = Literal["auto", "triton", "torch"]
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HIP = torch.version.hip is not None
-MAX_ROW = 65536  # elements that one program may hold in registers
 
 
-def use_triton(impl: Impl, x: Tensor, *others: Tensor | None, row: int = 1) -> bool:
+def use_triton(impl: Impl, x: Tensor, *others: Tensor | None) -> bool:
     """True if the kernels run, False if the torch path does.
 
-    "auto" is Triton for GPU tensors of fp32, bf16 or fp16 whose `row` (the elements that one
-    program must hold) is at most 65,536, and torch for all else. "triton" insists; on a CPU that
-    needs TRITON_INTERPRET=1 before the first import.
+    "auto" is Triton for GPU tensors of fp32, bf16 or fp16, and torch for all else. "triton"
+    insists; on a CPU that needs TRITON_INTERPRET=1 before the first import.
 
     Raises:
         ValueError: tensors on different devices, an unknown `impl`, or "triton" where it cannot be.
@@ -55,7 +53,7 @@ def use_triton(impl: Impl, x: Tensor, *others: Tensor | None, row: int = 1) -> b
             raise ValueError(f"all tensors must be on one device, got {names}; move them together")
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl must be 'auto', 'triton' or 'torch', got {impl!r}")
-    fits = x.dtype in TRITON_DTYPES and row <= MAX_ROW
+    fits = x.dtype in TRITON_DTYPES
     if impl == "triton":
         if not HAS_TRITON:
             raise ValueError("impl='triton' needs the triton package: pip install triton")
@@ -65,10 +63,7 @@ def use_triton(impl: Impl, x: Tensor, *others: Tensor | None, row: int = 1) -> b
                 f"got one on {x.device}; use impl='auto'"
             )
         if not fits:
-            raise ValueError(
-                f"impl='triton' takes fp32, bf16 or fp16 and rows of at most {MAX_ROW} elements, "
-                f"got {x.dtype} and {row}; use impl='auto'"
-            )
+            raise ValueError(f"impl='triton' takes fp32, bf16 or fp16, got {x.dtype}; use 'auto'")
         return True
     return impl == "auto" and HAS_TRITON and x.is_cuda and fits
 
@@ -77,6 +72,21 @@ def use_triton(impl: Impl, x: Tensor, *others: Tensor | None, row: int = 1) -> b
 def fp32(number):
     """A float argument of a kernel in fp32: Inductor would hand it over in fp64."""
     return tl.cast(number, tl.float32)
+
+
+@triton.jit
+def repacked(x, PACK: tl.constexpr):
+    """x, which a kernel uses again: as it was loaded, since the compiler would rather keep the fp32
+    numbers that it made of 16-bit ones, in twice the registers.
+    """
+    if PACK and x.dtype.primitive_bitwidth == 16:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, False, 2)
+    return x
+
+
+def packs() -> bool:
+    """Whether `repacked` can: it is PTX."""
+    return not HIP and not triton.knobs.runtime.interpret
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}  # kernels by all that Triton specialises them on
@@ -108,12 +118,13 @@ def launch(
         return
     kinds: list[Any] = [id(kernel), device, num_warps, constants]
     for a in args:
-        if isinstance(a, Tensor):
-            kinds += (a.dtype, a.data_ptr() & 15 == 0)
-        elif isinstance(a, int):
+        kind = type(a)
+        if kind is int:
             kinds.append(a if a < 2 else (a & 15 == 0, a >> 31 == 0))
+        elif kind is float:
+            kinds.append(kind)
         else:
-            kinds.append(float)
+            kinds += (a.dtype, a.data_ptr() & 15 == 0)
     key = tuple(kinds)
     if (compiled := _compiled.get(key)) is None:
         _compiled[key] = kernel[grid](*args, *constants, num_warps=num_warps)
@@ -130,14 +141,26 @@ def block(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def row_warps(BLOCK_N: int) -> int:
-    """Warps for a program that holds a row; 16 waves of 64 are all that AMD allows."""
-    return min(max(BLOCK_N // 512, 1), 16)
-
-
 def sm_count(x: Tensor) -> int:
     """Programs that fill the device once; 4 in the interpreter, so that its loops stay short."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    return _properties(x).multi_processor_count if x.is_cuda else 4
+
+
+def shared_memory(x: Tensor) -> int:
+    """Bytes that a multiprocessor can lend to loads ahead; none where Triton does not load so."""
+    return 0 if HIP or not x.is_cuda else _properties(x).shared_memory_per_multiprocessor
+
+
+_devices: dict[int, Any] = {}  # asking torch takes as long as a small kernel runs
+
+
+def _properties(x: Tensor) -> Any:
+    if torch.compiler.is_compiling():
+        return torch.cuda.get_device_properties(x.device)
+    device = x.get_device()
+    if device not in _devices:
+        _devices[device] = torch.cuda.get_device_properties(device)
+    return _devices[device]
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,6 +7,8 @@
 The last is the usual (1 + tanh(v)) / 2 form, which equals s(2v). The backward recomputes act:
 
     dg = dy * u * act'(g)        du = dy * act(g)
+
+g and u come as two tensors (`glu`) or as the halves of one (`glu_packed`), by the same kernels.
 """
 
 from typing import Any, Literal
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from liger_core.dispatch import (
+    HIP,
     Impl,
     accumulate_dtype,
     as_rows,
@@ -58,84 +61,140 @@ def _activation(g, ACT: tl.constexpr):
 
 @triton.jit
 def _glu_fwd_kernel(
-    g_ptr, u_ptr, y_ptr, stride_gm, stride_um, N,
+    g_ptr, u_ptr, y_ptr, stride_gm, stride_um, offset_u, N,
     ACT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # Grid (M, N / BLOCK_N).  g, u, y: (M, N), y contiguous.
+    # Grid (M, N / BLOCK_N).  g, y: (M, N), y contiguous;  u: (M, N) from column offset_u on.
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = cols < N
     g = tl.load(g_ptr + row * stride_gm + cols, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(u_ptr + row * stride_um + cols, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + row * stride_um + offset_u + cols, mask=mask, other=0.0).to(tl.float32)
     a, _ = _activation(g, ACT)
     tl.store(y_ptr + row * N + cols, (a * u).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _glu_bwd_kernel(
-    dy_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, stride_dym, stride_gm, stride_um, N,
+    dy_ptr, g_ptr, u_ptr, dg_ptr, du_ptr,
+    stride_dym, stride_gm, stride_um, stride_dm, offset_u, N,
     ACT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # Grid (M, N / BLOCK_N).  dg, du: (M, N) contiguous.
+    # Grid (M, N / BLOCK_N).  dg, du: like g, u, both of row stride stride_dm; they may be g, u
+    # themselves, since each element is read and written by one thread.
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = cols < N
     dy = tl.load(dy_ptr + row * stride_dym + cols, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + row * stride_gm + cols, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(u_ptr + row * stride_um + cols, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + row * stride_um + offset_u + cols, mask=mask, other=0.0).to(tl.float32)
     a, da = _activation(g, ACT)
-    tl.store(dg_ptr + row * N + cols, (dy * u * da).to(dg_ptr.dtype.element_ty), mask=mask)
-    tl.store(du_ptr + row * N + cols, (dy * a).to(du_ptr.dtype.element_ty), mask=mask)
+    dg, du = dg_ptr + row * stride_dm + cols, du_ptr + row * stride_dm + offset_u + cols
+    tl.store(dg, (dy * u * da).to(dg_ptr.dtype.element_ty), mask=mask)
+    tl.store(du, (dy * a).to(du_ptr.dtype.element_ty), mask=mask)
 
 
-def _fwd_triton(g: Tensor, u: Tensor, act: Activation) -> Tensor:
-    N = g.shape[-1]
+def _tiling(N: int) -> tuple[int, int]:
+    """Columns of a program, whole rows up to 16384, and its warps."""
+    BLOCK_N = min(block(N), 16384)
+    return BLOCK_N, min(max(BLOCK_N // 512, 1), 16 if HIP else 32)
+
+
+# Below, u is g itself where that holds both: y's width tells.
+
+
+def _fwd_triton(g: Tensor, u: Tensor, N: int, act: Activation) -> Tensor:
     (g2, stride_g), (u2, stride_u) = as_rows(g), as_rows(u)
-    y, BLOCK_N = g.new_empty(g.shape), min(block(N), 1024)
-    grid = g.numel() // N, -(-N // BLOCK_N), 1
-    launch(_glu_fwd_kernel, grid, 4, (g2, u2, y, stride_g, stride_u, N), act, BLOCK_N)
+    y, (BLOCK_N, num_warps) = g.new_empty((*g.shape[:-1], N)), _tiling(N)
+    grid = y.numel() // N, -(-N // BLOCK_N), 1
+    args = g2, u2, y, stride_g, stride_u, g.shape[-1] - N, N
+    launch(_glu_fwd_kernel, grid, num_warps, args, act, BLOCK_N)
     return y
 
 
-def _bwd_triton(dy: Tensor, g: Tensor, u: Tensor, act: Activation) -> tuple[Tensor, Tensor]:
-    N = g.shape[-1]
+def _bwd_triton(dy: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, act: Activation) -> None:
+    N, width = dy.shape[-1], g.shape[-1]
     (dy, stride_dy), (g2, stride_g), (u2, stride_u) = as_rows(dy), as_rows(g), as_rows(u)
-    dg, du, BLOCK_N = g.new_empty(g.shape), u.new_empty(u.shape), min(block(N), 1024)
-    grid = g.numel() // N, -(-N // BLOCK_N), 1
-    args = dy, g2, u2, dg, du, stride_dy, stride_g, stride_u, N
-    launch(_glu_bwd_kernel, grid, 4, args, act, BLOCK_N)
-    return dg, du
+    BLOCK_N, num_warps = _tiling(N)
+    grid = dg.numel() // width, -(-N // BLOCK_N), 1
+    args = dy, g2, u2, dg, du, stride_dy, stride_g, stride_u, width, width - N, N
+    launch(_glu_bwd_kernel, grid, num_warps, args, act, BLOCK_N)
 
 
-def _bwd_torch(dy: Tensor, g: Tensor, u: Tensor, act: Activation) -> tuple[Tensor, Tensor]:
-    acc = accumulate_dtype(g.dtype)
+def _parts(g: Tensor, u: Tensor, N: int) -> tuple[Tensor, Tensor]:
+    return g[..., :N], u[..., u.shape[-1] - N :]
+
+
+def _fwd_torch(g: Tensor, u: Tensor, N: int, act: Activation) -> Tensor:
+    return glu_ref(*_parts(g, u, N), act)
+
+
+def _bwd_torch(dy: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, act: Activation) -> None:
+    N, acc = dy.shape[-1], accumulate_dtype(g.dtype)
+    (g, u), (dg, du) = _parts(g, u, N), _parts(dg, du, N)
     dyf, gf = dy.to(acc), g.to(acc)
+    slope = dyf * u.to(acc)  # of y by act(g), before u's memory may be written to
     if act == "silu":
-        du = F.silu(gf).mul_(dyf)
-        dg = torch.ops.aten.silu_backward(dyf * u.to(acc), gf)
+        du.copy_(F.silu(gf).mul_(dyf))
+        dg.copy_(torch.ops.aten.silu_backward(slope, gf))
     else:
         approximate = _APPROXIMATE[act]
-        du = F.gelu(gf, approximate=approximate).mul_(dyf)
-        dg = torch.ops.aten.gelu_backward(dyf * u.to(acc), gf, approximate=approximate)
-    return dg.to(g.dtype), du.to(u.dtype)
+        du.copy_(F.gelu(gf, approximate=approximate).mul_(dyf))
+        dg.copy_(torch.ops.aten.gelu_backward(slope, gf, approximate=approximate))
+
+
+def _spend(ctx: Any) -> tuple[Tensor, ...]:
+    """What forward saved, for backward to write over; others who saved it get autograd's error."""
+    if ctx.spent:
+        raise RuntimeError(
+            "this glu was called with inplace=True, so that its first backward has put gradients "
+            "where its inputs were; call it with inplace=False to go backward twice"
+        )
+    saved = ctx.saved_tensors
+    ctx.spent = True
+    torch.autograd.graph.increment_version(saved)
+    return saved
 
 
 class _GLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, g: Tensor, u: Tensor, act: Activation, kernels: bool) -> Tensor:
-        ctx.save_for_backward(g, u)
-        ctx.act, ctx.kernels = act, kernels
-        return (_fwd_triton if kernels else glu_ref)(g, u, act)
+    def forward(
+        ctx: Any, g: Tensor, u: Tensor | None, N: int, act: Activation, kernels: bool, inplace: bool
+    ) -> Tensor:
+        ctx.save_for_backward(*((g,) if u is None else (g, u)))
+        ctx.act, ctx.kernels, ctx.inplace, ctx.spent = act, kernels, inplace, False
+        return (_fwd_triton if kernels else _fwd_torch)(g, g if u is None else u, N, act)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        g, u = ctx.saved_tensors
-        dg, du = (_bwd_triton if ctx.kernels else _bwd_torch)(dy, g, u, ctx.act)
-        return dg, du, None, None
+        saved: tuple[Tensor, ...] = _spend(ctx) if ctx.inplace else ctx.saved_tensors
+        if ctx.inplace and all(t.is_contiguous() for t in saved):  # hooks may hand back others
+            grads = [t.detach() for t in saved]
+        else:
+            grads = [t.new_empty(t.shape) for t in saved]
+        bwd = _bwd_triton if ctx.kernels else _bwd_torch
+        bwd(dy, saved[0], saved[-1], grads[0], grads[-1], ctx.act)
+        return grads[0], grads[1] if len(grads) == 2 else None, None, None, None, None
 
 
-def glu(g: Tensor, u: Tensor, act: Activation = "silu", *, impl: Impl = "auto") -> Tensor:
+def _ours(*inputs: Tensor) -> bool:
+    """Whether backward may write over these: see `glu`."""
+    if torch.compiler.is_compiling():
+        return False
+    for t in inputs:
+        if type(t) is not Tensor or t.is_leaf or not t.is_contiguous():
+            return False
+        base = t._base  # pyright: ignore[reportPrivateUsage]
+        if base is not None and base.is_leaf:  # a view of a parameter
+            return False
+    g, u = inputs[0], inputs[-1]
+    return g is u or abs(g.data_ptr() - u.data_ptr()) >= g.nbytes
+
+
+def glu(
+    g: Tensor, u: Tensor, act: Activation = "silu", *, inplace: bool = False, impl: Impl = "auto"
+) -> Tensor:
     """act(g) * u.
 
     Args:
@@ -143,11 +202,17 @@ def glu(g: Tensor, u: Tensor, act: Activation = "silu", *, impl: Impl = "auto") 
             `gate_up.chunk(2, -1)` gives it, without a copy.
         u: (..., N) up projection, of g's shape and dtype.
         act: "silu", "gelu" (exact, by erf) or "gelu_tanh".
+        inplace: let backward put dg and du where g and u are, so that y is all the memory that the
+            op adds. For callers that computed both themselves and use them nowhere else: who
+            saved them for a backward of their own that comes later gets autograd's error, a second
+            backward raises RuntimeError, and who merely reads them then reads gradients. It has
+            no effect under torch.compile, nor unless both are contiguous, plain tensors (no
+            subclass) that do not overlap and are neither leaves of autograd nor views of one.
         impl: "auto", "triton" or "torch"; see `liger_core.dispatch.use_triton`.
 
     Returns:
         (..., N) in g.dtype, computed in fp32 and rounded once. g and u are saved for backward and
-        nothing else; neither is written to.
+        nothing else; neither is written to but by `inplace`.
 
     Raises:
         ValueError: shapes, dtypes or devices that differ, or an unknown `act`.
@@ -157,10 +222,39 @@ def glu(g: Tensor, u: Tensor, act: Activation = "silu", *, impl: Impl = "auto") 
             f"gate and up must agree in shape and dtype, got {tuple(g.shape)} {g.dtype} "
             f"and {tuple(u.shape)} {u.dtype}"
         )
+    _check(act)
+    kernels = use_triton(impl, g, u) and g.numel() > 0
+    inplace = inplace and g is not u and _ours(g, u)
+    return _GLU.apply(g, u, g.shape[-1], act, kernels, inplace)  # pyright: ignore
+
+
+def glu_packed(
+    gu: Tensor, act: Activation = "silu", *, inplace: bool = False, impl: Impl = "auto"
+) -> Tensor:
+    """act(g) * u for `g, u = gu.chunk(2, -1)`: the output of one projection for both.
+
+    Args:
+        gu: (..., 2N), the gate first, any float dtype; saved for backward, whose gradient is
+            written as one (..., 2N) tensor.
+        act, inplace, impl: as in `glu`; with `inplace` that tensor is gu itself.
+
+    Returns:
+        (..., N) in gu.dtype, computed in fp32 and rounded once.
+
+    Raises:
+        ValueError: an odd last dimension, or an unknown `act`.
+    """
+    if gu.dim() == 0 or gu.shape[-1] % 2:
+        raise ValueError(f"gate and up must be halves of the last dimension of {tuple(gu.shape)}")
+    _check(act)
+    kernels = use_triton(impl, gu) and gu.numel() > 0
+    inplace = inplace and _ours(gu)
+    return _GLU.apply(gu, None, gu.shape[-1] // 2, act, kernels, inplace)  # pyright: ignore
+
+
+def _check(act: str) -> None:
     if act not in ("silu", "gelu", "gelu_tanh"):
         raise ValueError(f"act must be 'silu', 'gelu' or 'gelu_tanh', got {act!r}")
-    kernels = use_triton(impl, g, u) and g.numel() > 0
-    return _GLU.apply(g, u, act, kernels)  # pyright: ignore
 
 
 def swiglu(g: Tensor, u: Tensor, *, impl: Impl = "auto") -> Tensor:

@@ -9,14 +9,13 @@ range; fp16 has not, and keeps rows that weigh 1 at the most until backward.
 A second backward walks again, and gives the same gradients as the first.
 """
 
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from liger_core.dispatch import accumulate_dtype
-from liger_core.ops.cross_entropy import Reduction
 from liger_core.ops.linear_head import (
     Call,
     Grads,
@@ -27,21 +26,20 @@ from liger_core.ops.linear_head import (
     Walk,
     largest,
     prepare,
-    scaled,
     spans,
     without_autocast,
 )
 from liger_core.ops.linear_logprob import row_losses
+from liger_core.ops.reduction import (
+    CrossEntropyStats,
+    Reduction,
+    check_reduction,
+    class_weights,
+    sum_of_weights,
+    with_stats,
+)
 from liger_core.ops.row_loss import NOTHING, RowLoss, Rows, Want, join
-
-
-class CrossEntropyStats(NamedTuple):
-    """What `linear_cross_entropy_stats` returns; only `loss` carries a gradient."""
-
-    loss: Tensor  # as linear_cross_entropy returns it
-    z_loss: Tensor  # the part of it that is the z-loss, reduced like it
-    token_accuracy: Tensor  # 0-d: scored labels that are their row's largest logit; 0 of none
-    predicted: Tensor  # y's shape, int64: the class of the largest logit, -1 where y is ignored
+from liger_core.ops.scaled import scaled
 
 
 @without_autocast
@@ -119,14 +117,11 @@ def _weights(
         weights = weights.flatten().to(dtype)
         weights = weights if call.rows is None else weights[call.rows]
     if c is not None:
-        if c.shape != w.shape[:1] or call.plan.shard is not None:
-            raise ValueError(
-                f"class_weight must be ({w.shape[0]},), for a head that is whole, got "
-                f"{tuple(c.shape)} and shard={call.plan.shard}"
-            )
+        if call.plan.shard is not None:
+            raise ValueError("class_weight needs a head that is whole; leave shard out")
         if call.plan.o.token_scaling:
             raise ValueError("token_scaling weighs the plain loss; leave class_weight out")
-        c = c.detach().to(w.device, dtype).contiguous()
+        c = class_weights(c, w.shape[0], w.device, dtype)
     return weights, c
 
 
@@ -137,12 +132,7 @@ def _total(call: Call, weights: Tensor | None, c: Tensor | None, reduction: Redu
     if reduction != "mean" or (weights is None and c is None and counted):
         count = max(call.n, 1) if reduction == "mean" else 1
         return torch.full((), count, dtype=dtype, device=x.device)
-    y = call.labels()
-    each = (y != call.plan.o.ignore_index).to(dtype)
-    each = each if weights is None else each * weights
-    each = each if c is None else each * c[y.clamp(0, c.shape[0] - 1)]
-    total = each.sum()
-    return total.masked_fill(total == 0, 1.0)
+    return sum_of_weights(call.labels(), call.plan.o.ignore_index, dtype, weights, c)
 
 
 def _cross_entropy(
@@ -151,15 +141,7 @@ def _cross_entropy(
     opt: Options,
 ) -> tuple[Call, Tensor, Rows, Tensor | None]:  # fmt: skip
     """The reduced loss; values of the scored rows, their weights times 1 / total."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if reduction == "none" and total is not None:
-        raise ValueError("total divides the sum; reduction='none' has none, leave it out")
-    if total is not None and (total.dim() or total.requires_grad or total.device != x.device):
-        raise ValueError(
-            f"total must be 0-d, on x's device and need no gradient, got {tuple(total.shape)} on "
-            f"{total.device}, requires_grad={total.requires_grad}"
-        )
+    check_reduction(reduction, total, x.device)
     call = prepare(x, w, y, b, o, opt)
     weights, c = _weights(call, y, weights, c)
     if reduction == "none":
@@ -247,10 +229,7 @@ def linear_cross_entropy_stats(
     call, loss, rows, share = _cross_entropy(
         x, w, y, b, o, Want(top=True), total, reduction, weights, class_weight, opt
     )
-    z_rows = z_loss * rows.lse.detach().square()
-    z_rows = z_rows if share is None else z_rows * share
-    top = rows.top if rows.top is not None else call.y.new_empty(0)
-    scored = call.labels() != o.ignore_index
-    hits = ((top == call.labels()) & scored).sum() / scored.sum().clamp_min(1)
-    z_part = call.spread(z_rows, y) if reduction == "none" else z_rows.sum()
-    return CrossEntropyStats(loss, z_part, hits, call.spread(top, y, -1))
+    return with_stats(
+        loss, rows, call.labels(), o, share, reduction != "none",
+        lambda t, fill: call.spread(t, y, fill),
+    )  # fmt: skip

@@ -26,11 +26,11 @@ from liger_core.ops.linear_head import (
     Walk,
     largest,
     prepare,
-    scaled,
     spans,
     without_autocast,
 )
 from liger_core.ops.row_loss import PLAIN, RowLoss, Rows, Want, join, row_loss_ref
+from liger_core.ops.scaled import scaled
 
 Output = Literal["entropy", "log_sum_sq_probs", "mean_logit", "is_top1"]
 

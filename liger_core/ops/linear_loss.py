@@ -30,7 +30,6 @@ from liger_core.ops.linear_head import (
     Plan,
     Walk,
     prepare,
-    scaled,
     spans,
     split,
     sum_dtype,
@@ -45,6 +44,7 @@ from liger_core.ops.linear_logprob import (
     wanted,
 )
 from liger_core.ops.row_loss import Rows, Want, join
+from liger_core.ops.scaled import scaled
 
 Together = Literal["sequence", "pair", "batch"]
 LossFn = Callable[[TokenStats, Callable[[Tensor], Tensor]], Tensor]

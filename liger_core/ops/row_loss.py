@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from liger_core.dispatch import HIP, accumulate_dtype, block, fp32, launch, tl, triton
+from liger_core.dispatch import accumulate_dtype, block, fp32, launch, tl, triton
 from liger_core.ops.labels import IGNORE_INDEX
 
 
@@ -113,10 +113,10 @@ LOWEST = tl.constexpr(-1e30)  # stands for -inf where that would be multiplied b
 
 
 @triton.jit
-def _load(z_ptr, cols, V, scale, other, KEEP: tl.constexpr):
-    """A block of scaled logits in fp32, `other` past the end; kept in L2 for a second read."""
+def _load(z_ptr, cols, V, scale, KEEP: tl.constexpr):
+    """A block of scaled logits in fp32, -inf past the end; kept in L2 for a second read."""
     evict: tl.constexpr = "evict_last" if KEEP else ""  # pyright: ignore
-    z = tl.load(z_ptr + cols, mask=cols < V, other=other, eviction_policy=evict)  # pyright: ignore
+    z = tl.load(z_ptr + cols, mask=cols < V, other=float("-inf"), eviction_policy=evict)  # pyright: ignore
     return z.to(tl.float32) * scale
 
 
@@ -199,9 +199,7 @@ def _row_loss_kernel(
         m, top, s, s_z, s_d, s_sq = float("-inf"), -1, 0.0, 0.0, 0.0, 0.0
         for start in range(0, V, BLOCK_V):
             cols = start + offsets
-            z = _cap(
-                _load(z_ptr, cols, V, scale, float("-inf"), NEED_DZ), softcap, inv_t, HAS_SOFTCAP
-            )
+            z = _cap(_load(z_ptr, cols, V, scale, NEED_DZ), softcap, inv_t, HAS_SOFTCAP)
             if MEAN:
                 weighed = tl.where(cols < V, z, 0.0)
                 if HAS_C:
@@ -255,9 +253,10 @@ def _row_loss_kernel(
         if HAS_DH:
             dh = tl.load(dh_ptr + row * stride_dh).to(tl.float32) * slope
             entropy = tl.load(entropy_ptr + row)
-        for start in range(0, V, BLOCK_V):
-            cols = start + offsets
-            raw = _load(z_ptr, cols, V, scale, 0.0, False)
+        last = (V - 1) // BLOCK_V * BLOCK_V
+        for back in range(0, V, BLOCK_V):  # backwards: what was read last is in L1 and L2 still
+            cols = last - back + offsets
+            raw = _load(z_ptr, cols, V, scale, False)
             log_p = _cap(raw, softcap, inv_t, HAS_SOFTCAP) - lse
             p = tl.exp(log_p)
             here = tl.where(cols == y, hit, 0.0)
@@ -271,18 +270,17 @@ def _row_loss_kernel(
                 dz -= dh * p * (tl.maximum(log_p, LOWEST) + entropy)
             if HAS_SOFTCAP:  # 1 - tanh^2, without its cancellation
                 dz *= 4 * tl.sigmoid(2 * raw / softcap) * tl.sigmoid(-2 * raw / softcap)
-            tl.store(dz_ptr + cols, dz.to(dz_ptr.dtype.element_ty), mask=cols < V)
+            dz = dz.to(dz_ptr.dtype.element_ty)
+            tl.store(dz_ptr + cols, dz, mask=cols < V, cache_modifier=".cs")  # first out of L2
 
 
 def _launch_shape(V: int, twice: bool) -> tuple[int, int]:
     """Columns at a time and warps, measured on an H100: benchmarks/NOTES.md. A row that is read
-    twice should be in L2 still: few programs at once, and each with much in flight.
+    twice should be in the caches still: fewer programs at once, each with much in flight.
     """
-    if not twice or V <= 32768:
-        columns, num_warps = min(block(V), 8192), 8
-    else:
-        columns, num_warps = 16384 if V <= 131072 else 32768, 32
-    return columns, min(num_warps, max(columns // 256, 1), 16 if HIP else 32)
+    columns, num_warps = (16384, 16) if twice and V > 32768 else (8192, 8)
+    columns = min(block(V), columns)
+    return columns, min(num_warps, max(columns // 256, 1))
 
 
 def _triton(

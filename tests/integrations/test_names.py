@@ -1,19 +1,22 @@
 """Upstream's names, as users and frameworks type them."""
 
+import copy
+import importlib
 import inspect
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import liger_kernel.transformers as lk
 from liger_kernel.transformers import functional, monkey_patch
 from liger_kernel.transformers.patch import ACTIVATIONS
+from liger_kernel.transformers.rope import liger_rotary_pos_emb_vision
 from tiny import V, assert_same, build, step
 
 llama = lk.apply_liger_kernel_to_llama
@@ -153,40 +156,46 @@ def test_losses_equal_torchs() -> None:
     torch.testing.assert_close(fused, want)
 
 
-@pytest.mark.parametrize(
-    "option", ["return_z_loss", "return_token_accuracy", "return_predicted_tokens"]
-)
-def test_options_that_are_not_there_are_refused(option: str) -> None:
-    with pytest.raises(ValueError, match=f"{option} is not supported"):
-        lk.LigerCrossEntropyLoss(**{option: True})
-    with pytest.raises(ValueError, match="weight is not supported"):
-        functional.liger_cross_entropy(torch.randn(2, 3), torch.zeros(2).long(), torch.ones(3))
+def test_what_torch_deprecates_is_refused() -> None:
+    z, y = torch.randn(2, 3), torch.zeros(2).long()
+    for kw in (dict(size_average=True), dict(reduce=False)):
+        with pytest.raises(ValueError, match="not supported; use reduction"):
+            functional.liger_cross_entropy(z, y, **kw)
 
 
-def test_the_fused_loss_tells_what_is_asked_for() -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_losses_tell_what_is_asked_for(fused: bool) -> None:
     torch.manual_seed(0)
     x, w = torch.randn(5, 8), torch.randn(7, 8)
     y, c = torch.tensor([1, -100, 6, 0, 2]), torch.rand(7)
     z = F.linear(x, w)
     best = z.argmax(-1).masked_fill(y == -100, -1)
-    loss = lk.LigerFusedLinearCrossEntropyLoss(
-        c, lse_square_scale=0.1, return_z_loss=True, return_token_accuracy=True,
-        return_predicted_tokens=True,
-    )  # fmt: skip
-    out = loss(w, x, y)
+    names = ("return_z_loss", "return_token_accuracy", "return_predicted_tokens")
+    cls = lk.LigerFusedLinearCrossEntropyLoss if fused else lk.LigerCrossEntropyLoss
+    inputs = (w, x, y) if fused else (z, y)
+    out = cls(c, lse_square_scale=0.1, **dict.fromkeys(names, True))(*inputs)
     assert isinstance(out, functional.CrossEntropyOutput) and out.z_loss is not None
     z_loss = 0.1 * z[y >= 0].logsumexp(-1).square().sum() / c[y[y >= 0]].sum()
     torch.testing.assert_close(out.z_loss, z_loss)
     torch.testing.assert_close(out.loss, F.cross_entropy(z, y, c) + z_loss)
     torch.testing.assert_close(out.predicted_tokens, best)
     torch.testing.assert_close(out.token_accuracy, (best == y).sum() / 4)
+    for name, field in zip(names, ("z_loss", "token_accuracy", "predicted_tokens"), strict=True):
+        one = cls(reduction="none", **{name: True})(*inputs)
+        assert [f for f, t in vars(one).items() if t is not None] == ["loss", field]
+        torch.testing.assert_close(one.loss, F.cross_entropy(z, y, reduction="none"))
+    accuracy = cls(reduction="none", return_token_accuracy=True)(*inputs).token_accuracy
+    torch.testing.assert_close(accuracy, ((best == y) & (y >= 0)).float())
+
+
+def test_the_fused_loss_scales_by_token() -> None:
+    torch.manual_seed(0)
+    x, w, y = torch.randn(5, 8), torch.randn(7, 8), torch.tensor([1, -100, 6, 0, 2])
     scaled = functional.liger_fused_linear_cross_entropy(
-        x, w, y, use_token_scaling=True, reduction="none", return_token_accuracy=True
+        x, w, y, use_token_scaling=True, reduction="none"
     )
-    assert isinstance(scaled, functional.CrossEntropyOutput) and scaled.z_loss is None
-    plain = F.cross_entropy(z, y, reduction="none")
-    torch.testing.assert_close(scaled.loss, plain * plain.neg().exp())
-    torch.testing.assert_close(scaled.token_accuracy, ((best == y) & (y >= 0)).float())
+    plain = F.cross_entropy(F.linear(x, w), y, reduction="none")
+    torch.testing.assert_close(scaled, plain * plain.neg().exp())
 
 
 def test_norms() -> None:
@@ -198,40 +207,96 @@ def test_norms() -> None:
         assert bool(list(norm.parameters())) == affine
     gemma = lk.LigerRMSNorm(16, 0.1, 1.0, "gemma", "zeros")
     torch.testing.assert_close(gemma(x), F.rms_norm(x, (16,), eps=0.1))
+    fused = lk.LigerFusedAddRMSNorm(16, 0.1)
+    y, total = fused(x, x.flip(0))
+    torch.testing.assert_close((y, total), (F.rms_norm(total, (16,), eps=0.1), x + x.flip(0)))
     layer = lk.LigerLayerNorm(16, eps=0.1, bias=True)
     nn.init.normal_(layer.bias)
     torch.testing.assert_close(layer(x), F.layer_norm(x, (16,), layer.weight, layer.bias, 0.1))
     with pytest.raises(ValueError, match="casting_mode must be"):
-        lk.LigerRMSNorm(16, casting_mode="none")
+        lk.LigerRMSNorm(16, casting_mode="fp8")
     for cls in (lk.LigerRMSNorm, lk.LigerLayerNorm):
         with pytest.raises(ValueError, match="init_fn must be"):
             cls(16, init_fn="normal")
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "glm4"])
 @pytest.mark.parametrize("unsqueeze_dim", [1, 2])
-def test_rotary(unsqueeze_dim: int) -> None:
+def test_rotary(unsqueeze_dim: int, family: str) -> None:
     torch.manual_seed(0)
     shape = (2, 4, 5, 8) if unsqueeze_dim == 1 else (2, 5, 4, 8)
-    q, k, cos, sin = torch.randn(shape), torch.randn(shape), *torch.randn(2, 2, 5, 8)
-    modeling = transformers.models.llama.modeling_llama
+    R = 8 if family == "llama" else 6
+    q, k, cos, sin = torch.randn(shape), torch.randn(shape), *torch.randn(2, 2, 5, R)
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     want = modeling.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
-    got = lk.liger_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
-    torch.testing.assert_close(got, want)
+    call = partial(lk.liger_rotary_pos_emb, q, k, cos, sin, interleaved=family == "glm4")
+    torch.testing.assert_close(call(unsqueeze_dim=unsqueeze_dim, rotary_dim=R), want)
     with pytest.raises(ValueError, match="unsqueeze_dim must be 1 or 2"):
-        lk.liger_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=3)
+        call(unsqueeze_dim=3)
+    with pytest.raises(ValueError, match=f"must hold rotary_dim = 4, got {R}"):
+        call(rotary_dim=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_of_images(dtype: torch.dtype) -> None:
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+
+    q, k, (cos, sin) = *torch.randn(2, 5, 4, 8).to(dtype), torch.randn(2, 5, 8)
+    got = liger_rotary_pos_emb_vision(q, k, cos, sin)
+    torch.testing.assert_close(got, apply_rotary_pos_emb_vision(q, k, cos, sin))
+    assert got[0].stride() == q.stride()
+    with pytest.raises(ValueError, match="cos and sin must both be"):
+        liger_rotary_pos_emb_vision(q, k, cos[:4], sin[:4])
+
+
+def mlp_config(act: str) -> SimpleNamespace:
+    return SimpleNamespace(hidden_size=8, intermediate_size=12, hidden_act=act, mlp_bias=False)
 
 
 @pytest.mark.parametrize(
-    "cls, act", [(lk.LigerSwiGLUMLP, "silu"), (lk.LigerGEGLUMLP, "gelu_pytorch_tanh")]
-)
+    "cls, act",
+    [
+        (lk.LigerSwiGLUMLP, "silu"), (lk.LigerTiledSwiGLUMLP, "silu"),
+        (lk.LigerPhi3SwiGLUMLP, "silu"), (lk.LigerGEGLUMLP, "gelu_pytorch_tanh"),
+        (lk.LigerTiledGEGLUMLP, "gelu_pytorch_tanh"),
+    ],
+)  # fmt: skip
 def test_mlps_take_the_models_weights(cls: Any, act: str) -> None:
     from transformers.models.llama.modeling_llama import LlamaMLP
+    from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-    config = SimpleNamespace(hidden_size=8, intermediate_size=12, hidden_act=act, mlp_bias=False)
-    theirs, ours = LlamaMLP(config), cls(config)
+    model = Phi3MLP if "Phi3" in cls.__name__ else LlamaMLP
+    theirs, ours = model(mlp_config(act)), cls(mlp_config(act))
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 8)
-    torch.testing.assert_close(ours(x), theirs(x))
+    x = torch.randn(2, 9, 8, requires_grad=True)
+    results = []
+    for mlp in (ours, theirs):
+        y = mlp(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *mlp.parameters()])])
+    torch.testing.assert_close(*results)
     assert set(cls.names) <= {*ACTIVATIONS, "gelu_new"}
     with pytest.raises(ValueError, match="names 'relu'"):
-        cls(SimpleNamespace(hidden_size=8, intermediate_size=12, hidden_act="relu"))
+        cls(mlp_config("relu"))
+
+
+@pytest.mark.parametrize("cls", [lk.LigerTiledSwiGLUMLP, lk.LigerTiledGEGLUMLP])
+def test_tiled_mlps(cls: Any) -> None:
+    mlp, sizes = cls(mlp_config(cls.names[0]), num_shards=3), []
+    mlp.down_proj.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
+    x = torch.randn(2, 5, 8)
+    y = mlp(x)
+    assert sizes == [4, 3, 3] and torch.equal(copy.deepcopy(mlp)(x), y)
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    mlp.down_proj._forward_hooks.clear()
+    torch.testing.assert_close(compiled(x), y)
+
+
+@pytest.mark.parametrize("cls", [lk.LigerSwiGLUMLP, lk.LigerPhi3SwiGLUMLP])
+def test_a_hook_that_keeps_what_backward_uses_up(cls: Any) -> None:
+    """Another loss of it gets its gradient or an error, and never a wrong one."""
+    mlp, kept = cls(mlp_config("silu")), []
+    first = next(mlp.children())
+    first.register_forward_hook(lambda _, __, out: kept.append(out.square().mean()))
+    y = mlp(torch.randn(2, 8))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (y.sum() + kept[0]).backward()

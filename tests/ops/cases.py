@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liger_core import (
+    add_rms_norm,
     cross_entropy,
     glu,
+    glu_packed,
     layer_norm,
     linear_cross_entropy,
     linear_logprob,
@@ -68,48 +70,81 @@ def labels(M: int, V: int, ignored: int = 3) -> Tensor:
     return y.masked_fill(torch.arange(M, device=DEVICE) % ignored == 1, -100)
 
 
+def add_rms_norm_ref(x: Tensor, r: Tensor, w: Tensor | None = None, **kw: Any) -> Any:
+    s = x + r
+    return rms_norm_ref(s, w, **kw), s
+
+
 def _norms() -> list[Case]:
+    """Rows by the tile, with lanes left over, of one column, by heads, and wider than a program."""
     cases: list[Case] = []
-    for M, N in ((1, 64), (7, 100), (9, 1), (33, 129)):
-        for casting, offset in (("llama", 0.0), ("gemma", 1.0)):
-            kw = dict(eps=0.1, offset=offset, casting=casting)
-            cases.append(
-                Case(f"rms_norm-{casting}-{M}x{N}", partial(rms_norm, **kw),
-                     partial(rms_norm_ref, **kw), _randn(x=(M, N), w=(N,)))
-            )  # fmt: skip
+    for shape in ((1, 64), (7, 100), (9, 1), (33, 129), (2, 3, 4, 24), (3, 8200), (3, 16424)):
+        N, name = shape[-1], "x".join(map(str, shape))
+        for casting, offset in (("llama", 0.0), ("gemma", 1.0), ("none", 0.3)):
+            kw: dict[str, Any] = dict(eps=0.1, offset=offset, casting=casting)
+            norm, ref = partial(rms_norm, **kw), partial(rms_norm_ref, **kw)
+            cases.append(Case(f"rms_norm-{casting}-{name}", norm, ref, _randn(x=shape, w=(N,))))
+            kw["eps"] = 0.2
+            both, ref = partial(add_rms_norm, **kw), partial(add_rms_norm_ref, **kw)
+            make = _randn(x=shape, r=shape, w=(N,))
+            cases.append(Case(f"add_rms_norm-{casting}-{name}", both, ref, make))
         layer, ref = partial(layer_norm, eps=0.1), partial(layer_norm_ref, eps=0.1)
         for shift in (0.0, 30.0):
-            make = _randn(shift, x=(M, N), w=(N,), b=(N,))
-            cases.append(Case(f"layer_norm-{M}x{N}+{shift:g}", layer, ref, make))
-    return [*cases, Case("layer_norm-no-bias", layer, ref, _randn(x=(2, 3, 40), w=(40,)))]
+            make = _randn(shift, x=shape, w=(N,), b=(N,))
+            cases.append(Case(f"layer_norm-{name}+{shift:g}", layer, ref, make))
+    some, (M, N) = {"eps": 0.1}, (6, 40)
+    return [
+        *cases,
+        Case("layer_norm-no-bias", layer, ref, _randn(x=(2, 3, N), w=(N,))),
+        Case("layer_norm-no-weight", layer, ref, _randn(x=(M, N))),
+        Case("rms_norm-no-weight", partial(rms_norm, **some), partial(rms_norm_ref, **some),
+             _randn(x=(M, N))),
+        Case("add_rms_norm-no-weight", partial(add_rms_norm, **some),
+             partial(add_rms_norm_ref, **some), _randn(x=(M, N), r=(M, N))),
+    ]  # fmt: skip
 
 
 def _ropes() -> list[Case]:
     cases: list[Case] = []
-    for B, T, HQ, HK, D, batch in ((2, 5, 4, 2, 8, 1), (2, 3, 3, 1, 80, 2), (1, 1, 1, 1, 2, 1)):
-        cos, sin = torch.randn(2, batch, T, D, device=DEVICE).unbind()
+    for B, T, HQ, HK, D, R, batch, interleaved in (
+        (2, 5, 4, 2, 8, 8, 1, False), (2, 3, 3, 1, 80, 80, 2, False), (1, 1, 1, 1, 2, 2, 1, False),
+        (2, 3, 3, 1, 96, 96, 1, False), (1, 3, 2, 1, 192, 128, 1, False),
+        (2, 3, 5, 2, 12, 6, 2, False), (2, 5, 4, 2, 8, 8, 1, True), (2, 3, 3, 1, 16, 10, 2, True),
+        (1, 2, 40, 40, 100, 80, 1, True), (1, 1, 2, 1, 256, 256, 1, False),
+    ):  # fmt: skip
+        cos, sin = torch.randn(2, batch, T, R, device=DEVICE).unbind()
+        kw = dict(cos=cos, sin=sin, interleaved=interleaved)
 
         def make(B: int = B, T: int = T, HQ: int = HQ, HK: int = HK, D: int = D):
             q, k = (torch.randn(B, T, h, D, device=DEVICE) for h in (HQ, HK))
             return {"q": q.transpose(1, 2), "k": k.transpose(1, 2)}
 
-        cases.append(
-            Case(f"rope-{B}x{HQ}+{HK}x{T}x{D}", partial(rope, cos=cos, sin=sin),
-                 partial(rope_ref, cos=cos, sin=sin), make)
-        )  # fmt: skip
+        name = f"rope-{B}x{HQ}+{HK}x{T}x{D}{f'-{R}' * (R < D)}{'-interleaved' * interleaved}"
+        cases.append(Case(name, partial(rope, **kw), partial(rope_ref, **kw), make))
     return cases
 
 
 def _glus() -> list[Case]:
-    def halves(gu: Tensor, op: Op, **kw: str) -> Tensor:
+    def halves(gu: Tensor, op: Op, **kw: Any) -> Tensor:
         return op(*gu.chunk(2, -1), **kw)  # pyright: ignore
 
-    cases = [
-        Case(f"glu-{act}-{N}", partial(glu, act=act), partial(glu_ref, act=act),
-             _randn(g=(2, 3, N), u=(2, 3, N)))
-        for act in ("silu", "gelu", "gelu_tanh")
-        for N in (5, 1030)
-    ]  # fmt: skip
+    def computed(op: Op, **kw: Any) -> Op:
+        """op of what the caller computed, as inplace=True wants it."""
+        return lambda impl="auto", **inputs: op(
+            **{n: t * 1 for n, t in inputs.items()}, impl=impl, inplace=True, **kw
+        )
+
+    cases: list[Case] = []
+    for act in ("silu", "gelu", "gelu_tanh"):
+        ref, packed = partial(glu_ref, act=act), partial(halves, op=glu_ref, act=act)
+        for N in (5, 1030):
+            two, one = _randn(g=(2, 3, N), u=(2, 3, N)), _randn(gu=(2, 3, 2 * N))
+            cases += [
+                Case(f"glu-{act}-{N}", partial(glu, act=act), ref, two),
+                Case(f"glu-inplace-{act}-{N}", computed(glu, act=act), ref, two),
+                Case(f"glu_packed-{act}-{N}", partial(glu_packed, act=act), packed, one),
+                Case(f"glu_packed-inplace-{act}-{N}", computed(glu_packed, act=act), packed, one),
+            ]
     fused = partial(halves, op=glu), partial(halves, op=glu_ref), _randn(gu=(3, 2, 34))
     return [*cases, Case("glu-gate_up", *fused)]
 
@@ -139,8 +174,10 @@ def _cross_entropies() -> list[Case]:
     cases: list[Case] = []
     for option, M, V, reduction in (
         ("plain", 5, 1, "sum"), ("plain", 5, 37, "mean"), ("plain", 3, 5000, "none"),
-        ("softcap", 5, 37, "none"), ("smoothing", 5, 37, "mean"), ("z_loss", 5, 37, "sum"),
-        ("all", 4, 4097, "none"), ("tempered", 5, 37, "mean"),
+        ("softcap", 5, 37, "none"), ("softcap", 5, 37, "mean"), ("smoothing", 5, 37, "mean"),
+        ("smoothing", 5, 37, "none"), ("z_loss", 5, 37, "sum"), ("z_loss", 5, 37, "none"),
+        ("all", 4, 4097, "none"), ("all", 4, 4097, "mean"), ("all", 5, 37, "sum"),
+        ("tempered", 5, 37, "mean"),
     ):  # fmt: skip
         y, o = labels(M, V), OPTIONS[option]
 
@@ -149,6 +186,35 @@ def _cross_entropies() -> list[Case]:
 
         op = partial(cross_entropy, y=y, reduction=reduction, **_given(o))
         cases.append(Case(f"cross_entropy-{option}-{M}x{V}-{reduction}", op, ref, _randn(z=(M, V))))
+    return cases
+
+
+def _classes() -> list[Case]:
+    """Weights of classes and other totals: against torch's own loss."""
+    M, V = 7, 37
+    y, c = labels(M, V), torch.linspace(3.0, 0.2, V, device=DEVICE)
+    of_class = c.double()[y[y != -100]].sum()
+    one, total = torch.ones((), device=DEVICE), torch.tensor(13.5, device=DEVICE)
+    cases: list[Case] = []
+    for e, a, reduction, given in (
+        (0.0, 0.0, "mean", None), (0.0, 0.0, "sum", None), (0.0, 0.0, "none", None),
+        (0.2, 0.0, "mean", None), (0.2, 0.0, "none", None), (0.2, 0.1, "mean", None),
+        (0.2, 0.1, "sum", total), (0.0, 0.0, "mean", total),
+    ):  # fmt: skip
+        by = given if given is not None else of_class if reduction == "mean" else one
+
+        def ref(z: Tensor, e: float = e, a: float = a, reduction: str = reduction,
+                by: Tensor = by) -> Tensor:  # fmt: skip
+            z = z.to(accumulate_dtype(z.dtype))
+            rows = row_ce(z, y, weight=c.to(z.dtype), label_smoothing=e)
+            rows = rows + a * z.logsumexp(-1).square() * (y != -100)
+            return rows if reduction == "none" else rows.sum() / by.to(rows.dtype)
+
+        op = partial(cross_entropy, y=y, class_weight=c, label_smoothing=e, z_loss=a,
+                     reduction=reduction, total=given)  # fmt: skip
+        options = f"{'+smoothing' * (e > 0)}{'+z_loss' * (a > 0)}{'+total' * (given is not None)}"
+        name = f"cross_entropy-class{options}-{reduction}"
+        cases.append(Case(name, op, ref, _randn(z=(M, V))))
     return cases
 
 
@@ -395,16 +461,18 @@ def _frozen() -> list[Case]:
 
 
 CASES = [
-    *_norms(), *_ropes(), *_glus(), *_cross_entropies(), *_linears(), *_weighted(), *_logprobs(),
-    *_losses(), *_frozen(),
+    *_norms(), *_ropes(), *_glus(), *_cross_entropies(), *_classes(), *_linears(), *_weighted(),
+    *_logprobs(), *_losses(), *_frozen(),
 ]  # fmt: skip
 
 # One of each op, small, for tests of what every op promises whatever its options.
 BRIEF = [
     next(c for c in CASES if c.name.startswith(name))
     for name in (
-        "rms_norm-llama-7", "rms_norm-gemma-7", "layer_norm-7", "rope-2x4", "glu-silu-5",
-        "cross_entropy-plain-5x37-mean", "linear_cross_entropy-plain-sum",
+        "rms_norm-llama-7", "rms_norm-gemma-7", "add_rms_norm-llama-7", "layer_norm-7",
+        "rope-2x4", "rope-2x3+1x3x16", "rope-2x5+2x3x12", "glu-silu-5", "glu_packed-silu-5",
+        "cross_entropy-plain-5x37-mean", "cross_entropy-softcap-5x37-none",
+        "cross_entropy-class+smoothing+z_loss-mean", "linear_cross_entropy-plain-sum",
         "linear_cross_entropy-plain-none", "linear_logprob", "linear_token_stats",
         "linear_loss-pair",
     )

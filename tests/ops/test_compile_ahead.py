@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 import cases
-from liger_core.ops import linear_head
+from liger_core.ops import row_norm, scaled
 from liger_core.ops.row_loss import NOTHING, RowLoss, Want, row_grad, row_loss
 
 target = GPUTarget(*eval(sys.argv[1]))
@@ -44,7 +44,9 @@ def record(kernel, *args, grid, warmup, num_warps, **constants):
 
 JITFunction.run = record
 triton.knobs.runtime.interpret = True
-more = "-all-", "token_scaling-mean-c", "class-mean-c", "class+z_loss-mean-c"
+if target.backend == "cuda":  # as on a GPU
+    row_norm.packs, row_norm.shared_memory = lambda: True, lambda x: 1 << 20
+more = "16424", "-all-", "token_scaling-mean-c", "class-mean", "class+z_loss-mean-c"
 for case in cases.BRIEF + [c for c in cases.CASES if any(m in c.name for m in more)]:
     inputs = {n: t.bfloat16().requires_grad_() for n, t in case.make().items()}
     out = case.op(**inputs, impl="triton")
@@ -56,7 +58,7 @@ for o, want in ((RowLoss(), NOTHING), (RowLoss(softcap=0.7), Want(*[True] * 4)))
     dh = g if want.entropy else None
     row_grad(z, y, o, rows, cols=(40, 99), g=g, dh=dh, dz=z, kernels=True)
 t, s = torch.empty(8, dtype=torch.bfloat16), torch.empty(())  # launched on GPU tensors only
-linear_head._scale_kernel[(1, 1, 1)](t, s, 1, 0, 8, 16, 4096, num_warps=4)
+scaled._scale_kernel[(1, 1, 1)](t, s, 1, 0, 8, 16, 4096, num_warps=4)
 for kernel, types, constants, num_warps in launches.values():
     compiled = triton.compile(ASTSource(kernel, types, constants), target=target,
                               options={"num_warps": num_warps})
@@ -67,9 +69,8 @@ print(*sorted({name for key in rows for name, on in key[2] if on is True}))
 """
 
 KERNELS = {
-    "_glu_bwd_kernel", "_glu_fwd_kernel", "_layer_norm_bwd_kernel", "_layer_norm_fwd_kernel",
-    "_rms_norm_bwd_kernel", "_rms_norm_fwd_kernel", "_rope_kernel", "_row_loss_kernel",
-    "_scale_kernel",
+    "_glu_bwd_kernel", "_glu_fwd_kernel", "_norm_bwd_kernel", "_norm_fwd_kernel",
+    "_norm_sum_kernel", "_rope_kernel", "_row_loss_kernel", "_scale_kernel", "_share_kernel",
 }  # fmt: skip
 SWITCHES = {
     "ENTROPY", "HAS_C", "HAS_DH", "HAS_G", "HAS_LSE", "HAS_SMOOTHING", "HAS_SOFTCAP", "MEAN",

@@ -136,7 +136,9 @@ def test_compiles_whole(case: Case) -> None:
 
 
 @both
-@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "rope", "glu"])
+@pytest.mark.parametrize(
+    "name", ["rms_norm", "add_rms_norm", "layer_norm", "rope", "glu", "glu_packed"]
+)
 def test_empty_batches(name: str, impl: str) -> None:
     case = next(c for c in CASES if c.name.startswith(name) and "1x1" not in c.name)
     keep = ("w", "b")

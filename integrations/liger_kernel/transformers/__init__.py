@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from liger_kernel.transformers.cross_entropy import LigerCrossEntropyLoss
 from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
-from liger_kernel.transformers.geglu import LigerGEGLUMLP
+from liger_kernel.transformers.geglu import LigerGEGLUMLP, LigerTiledGEGLUMLP
 from liger_kernel.transformers.layer_norm import LigerLayerNorm
 from liger_kernel.transformers.patch import Patch, apply, patch_of
-from liger_kernel.transformers.rms_norm import LigerRMSNorm
+from liger_kernel.transformers.rms_norm import LigerFusedAddRMSNorm, LigerRMSNorm
 from liger_kernel.transformers.rope import liger_rotary_pos_emb
-from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
+from liger_kernel.transformers.swiglu import (
+    LigerPhi3SwiGLUMLP,
+    LigerSwiGLUMLP,
+    LigerTiledSwiGLUMLP,
+)
 
 if TYPE_CHECKING:
     from liger_kernel.transformers.auto_model import AutoLigerKernelForCausalLM
@@ -35,11 +39,15 @@ _LAZY = {
 __all__ = [
     "AutoLigerKernelForCausalLM",
     "LigerCrossEntropyLoss",
+    "LigerFusedAddRMSNorm",
     "LigerFusedLinearCrossEntropyLoss",
     "LigerGEGLUMLP",
     "LigerLayerNorm",
+    "LigerPhi3SwiGLUMLP",
     "LigerRMSNorm",
     "LigerSwiGLUMLP",
+    "LigerTiledGEGLUMLP",
+    "LigerTiledSwiGLUMLP",
     "Patch",
     "TrainingArguments",
     "_apply_liger_kernel",

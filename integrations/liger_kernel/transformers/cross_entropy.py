@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from liger_core.ops.cross_entropy import Reduction
+from liger_core.ops.reduction import Reduction
 from liger_kernel.transformers import functional
 
 
@@ -10,8 +10,8 @@ class LigerCrossEntropyLoss(nn.Module):
     """Cross entropy of logits; see `liger_core.cross_entropy` for the options.
 
     Args:
-        weight, return_z_loss, return_token_accuracy, return_predicted_tokens: refused.
-        lse_square_scale: weight of the z-loss.
+        weight: (V,) weights of the classes. lse_square_scale: weight of the z-loss.
+        return_*: return a `functional.CrossEntropyOutput` with what was asked for.
     """
 
     def __init__(
@@ -27,19 +27,18 @@ class LigerCrossEntropyLoss(nn.Module):
         return_predicted_tokens: bool = False,
     ) -> None:
         super().__init__()
-        functional.refuse(
-            weight=weight, return_z_loss=return_z_loss,
-            return_token_accuracy=return_token_accuracy,
-            return_predicted_tokens=return_predicted_tokens,
-        )  # fmt: skip
         self.options = {
+            "weight": weight,
             "ignore_index": ignore_index,
             "lse_square_scale": lse_square_scale,
             "label_smoothing": label_smoothing,
             "reduction": reduction,
             "softcap": softcap,
+            "return_z_loss": return_z_loss,
+            "return_token_accuracy": return_token_accuracy,
+            "return_predicted_tokens": return_predicted_tokens,
         }
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor) -> Tensor | functional.CrossEntropyOutput:
         """(N, V) logits and (N,) labels to the loss."""
         return functional.liger_cross_entropy(input, target, **self.options)

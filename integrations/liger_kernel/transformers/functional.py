@@ -8,6 +8,7 @@ from torch import Tensor
 
 from liger_core import (
     cross_entropy,
+    cross_entropy_stats,
     geglu,
     layer_norm,
     linear_cross_entropy,
@@ -15,7 +16,7 @@ from liger_core import (
     rms_norm,
     swiglu,
 )
-from liger_core.ops.cross_entropy import Reduction
+from liger_core.ops.reduction import CrossEntropyStats, Reduction
 from liger_core.ops.rms_norm import Casting
 from liger_kernel.transformers.rope import liger_rotary_pos_emb as liger_rope
 
@@ -41,15 +42,19 @@ class CrossEntropyOutput:
     predicted_tokens: Tensor | None = None
 
 
-def refuse(**options: Any) -> None:
-    """Options that upstream has and this version has not: an error if one is set, never ignored."""
-    if named := [
-        name for name, value in options.items() if value is not None and value is not False
-    ]:
-        raise ValueError(
-            f"{', '.join(named)} is not supported in this version; leave it out, "
-            f"or compute the loss from logits with torch.nn.functional.cross_entropy"
-        )
+def _output(
+    out: CrossEntropyStats, target: Tensor, ignore_index: int, reduction: Reduction,
+    z_loss: bool, token_accuracy: bool, predicted_tokens: bool,
+) -> CrossEntropyOutput:  # fmt: skip
+    hits = out.token_accuracy
+    if reduction == "none":
+        hits = ((out.predicted == target) & (target != ignore_index)).to(hits.dtype)
+    return CrossEntropyOutput(
+        out.loss,
+        out.z_loss if z_loss else None,
+        hits if token_accuracy else None,
+        out.predicted if predicted_tokens else None,
+    )
 
 
 def liger_cross_entropy(
@@ -66,22 +71,26 @@ def liger_cross_entropy(
     return_z_loss: bool = False,
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
-) -> Tensor:
+) -> Tensor | CrossEntropyOutput:
     """`F.cross_entropy` in its argument order; see `liger_core.cross_entropy`.
 
     Args:
         input: (N, V) logits. target: (N,) labels. lse_square_scale: z-loss weight.
-        weight, size_average, reduce, return_*: refused.
+        weight: (V,) weights of the classes. size_average, reduce: refused.
+        return_z_loss, return_token_accuracy, return_predicted_tokens: one set returns a
+            `CrossEntropyOutput` with what was asked for, instead of the loss.
     """
-    refuse(
-        weight=weight, size_average=size_average, reduce=reduce, return_z_loss=return_z_loss,
-        return_token_accuracy=return_token_accuracy,
-        return_predicted_tokens=return_predicted_tokens,
-    )  # fmt: skip
-    return cross_entropy(
-        input, target, ignore_index=ignore_index, reduction=reduction,
-        label_smoothing=label_smoothing, z_loss=lse_square_scale, softcap=softcap,
-    )  # fmt: skip
+    if size_average is not None or reduce is not None:
+        raise ValueError("size_average and reduce are not supported; use reduction")
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing,
+        "z_loss": lse_square_scale, "softcap": softcap, "class_weight": weight,
+    }  # fmt: skip
+    wanted = return_z_loss, return_token_accuracy, return_predicted_tokens
+    if not any(wanted):
+        return cross_entropy(input, target, **options)
+    out = cross_entropy_stats(input, target, **options)
+    return _output(out, target, ignore_index, reduction, *wanted)
 
 
 def liger_fused_linear_cross_entropy(
@@ -114,18 +123,11 @@ def liger_fused_linear_cross_entropy(
         "z_loss": lse_square_scale, "softcap": softcap, "accum_dtype": accum_dtype,
         "token_scaling": use_token_scaling, "class_weight": ce_weight,
     }  # fmt: skip
-    if not (return_z_loss or return_token_accuracy or return_predicted_tokens):
+    wanted = return_z_loss, return_token_accuracy, return_predicted_tokens
+    if not any(wanted):
         return linear_cross_entropy(input, weight, target, bias, **options)
     out = linear_cross_entropy_stats(input, weight, target, bias, **options)
-    hits = out.token_accuracy
-    if reduction == "none":
-        hits = ((out.predicted == target) & (target != ignore_index)).to(hits.dtype)
-    return CrossEntropyOutput(
-        out.loss,
-        out.z_loss if return_z_loss else None,
-        hits if return_token_accuracy else None,
-        out.predicted if return_predicted_tokens else None,
-    )
+    return _output(out, target, ignore_index, reduction, *wanted)
 
 
 def liger_rms_norm(

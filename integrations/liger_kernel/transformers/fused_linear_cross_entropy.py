@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from liger_core.ops.cross_entropy import Reduction
+from liger_core.ops.reduction import Reduction
 from liger_kernel.transformers import functional
 
 

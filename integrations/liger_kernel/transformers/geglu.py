@@ -1,6 +1,6 @@
-"""LigerGEGLUMLP, under upstream's name."""
+"""The gated MLPs with gelu, under upstream's names."""
 
-from liger_kernel.transformers.swiglu import GatedMLP
+from liger_kernel.transformers.swiglu import GatedMLP, TiledMLP
 
 
 class LigerGEGLUMLP(GatedMLP):
@@ -8,3 +8,7 @@ class LigerGEGLUMLP(GatedMLP):
 
     act = "gelu_tanh"
     names = ("gelu_pytorch_tanh", "gelu_new", "gelu")  # Gemma's legacy "gelu" means the tanh form
+
+
+class LigerTiledGEGLUMLP(TiledMLP, LigerGEGLUMLP):
+    """LigerGEGLUMLP over tiles of tokens."""

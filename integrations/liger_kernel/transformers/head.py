@@ -128,9 +128,9 @@ def _labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _total(y: Tensor, total: Tensor | float | None) -> Tensor | None:
-    if total is None or isinstance(total, Tensor):
-        return total
-    return torch.full((), total, dtype=torch.float32, device=y.device)
+    if isinstance(total, Tensor):
+        return total.reshape(()).to(y.device)
+    return None if total is None else torch.full((), total, dtype=torch.float32, device=y.device)
 
 
 def forward(
@@ -152,7 +152,7 @@ def forward(
         head.weight,
         y.to(x.device),
         head.bias,
-        total=None if total is None else total.reshape(()).to(x.device),
+        total=None if total is None else total.to(x.device),
         labels=scan if y.device == x.device else None,
         memory_budget=config.memory_budget,
         accum_dtype=None if config.accum_dtype is None else getattr(torch, config.accum_dtype),
@@ -183,10 +183,9 @@ def causal_lm_loss(
 ) -> Tensor:  # fmt: skip
     """Cross entropy of full logits (B, T, V): mean over scored labels, or their sum / total."""
     y = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if shifted is None else shifted
-    loss = cross_entropy(
-        logits, y.to(logits.device), reduction="mean" if total is None else "sum", impl=config.impl
-    )
-    return loss if total is None else loss / torch.as_tensor(total, device=loss.device)
+    y = y.to(logits.device)
+    reduction = "mean" if total is None else "sum"
+    return cross_entropy(logits, y, reduction=reduction, total=_total(y, total), impl=config.impl)
 
 
 def own_forward(module: nn.Module) -> str:

@@ -114,7 +114,8 @@ def _norm(module: nn.Module, spec: Norm, impl: Impl, hidden_states: Tensor) -> T
 
 
 def _glu(module: Any, act: Activation, impl: Impl, x: Tensor) -> Tensor:
-    return module.down_proj(glu(module.gate_proj(x), module.up_proj(x), act, impl=impl))
+    g, u = module.gate_proj(x), module.up_proj(x)  # nobody else's, so that backward may use them up
+    return module.down_proj(glu(g, u, act, inplace=True, impl=impl))
 
 
 def _attention(module: nn.Module, impl: Impl, *args: Any, **kwargs: Any) -> Any:

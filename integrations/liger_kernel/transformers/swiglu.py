@@ -1,19 +1,25 @@
-"""LigerSwiGLUMLP, under upstream's name, with the parameter names of transformers' MLPs."""
+"""The gated MLPs with silu, under upstream's names and with transformers' parameter names.
+
+The gate and the up projection are used up by backward; see `inplace` of `liger_core.glu`.
+"""
 
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from liger_core import glu
+from liger_core import glu, glu_packed, tiled
 from liger_core.ops.glu import Activation
 
 
-class GatedMLP(nn.Module):
-    """down_proj(act(gate_proj(x)) * up_proj(x)).
+class MLP(nn.Module):
+    """What the MLPs below have in common.
 
     Args:
-        config: has `hidden_size`, `intermediate_size`, optionally `mlp_bias`, and the activation's
-            name in `hidden_act` or `hidden_activation`.
+        config: has `hidden_size`, `intermediate_size` and the activation's name, in `hidden_act` or
+            `hidden_activation`.
+
+    Raises:
+        ValueError: an activation that this class does not compute.
     """
 
     act: ClassVar[Activation]
@@ -29,13 +35,37 @@ class GatedMLP(nn.Module):
             )
         self.config = config
         self.hidden_size, self.intermediate_size = config.hidden_size, config.intermediate_size
+
+
+class GatedMLP(MLP):
+    """down_proj(act(gate_proj(x)) * up_proj(x)); biases where `config.mlp_bias` is true."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
         bias = getattr(config, "mlp_bias", False)
         self.gate_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=bias)
         self.up_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=bias)
         self.down_proj = nn.Linear(self.intermediate_size, self.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(glu(self.gate_proj(x), self.up_proj(x), self.act))
+        g, u = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(glu(g, u, self.act, inplace=True))
+
+
+class TiledMLP(GatedMLP):
+    """A GatedMLP over tiles of tokens, for long contexts: `liger_core.tiled`.
+
+    Args:
+        config: as for GatedMLP.
+        num_shards: how many tiles; None for sequence length over hidden size, rounded up.
+    """
+
+    def __init__(self, config: Any, num_shards: int | None = None) -> None:
+        super().__init__(config)
+        self.num_shards = num_shards
+
+    def forward(self, x: Tensor) -> Tensor:
+        return tiled(super().forward, x, self.parameters(), tiles=self.num_shards)
 
 
 class LigerSwiGLUMLP(GatedMLP):
@@ -43,3 +73,23 @@ class LigerSwiGLUMLP(GatedMLP):
 
     act = "silu"
     names = ("silu", "swish")
+
+
+class LigerTiledSwiGLUMLP(TiledMLP, LigerSwiGLUMLP):
+    """LigerSwiGLUMLP over tiles of tokens."""
+
+
+class LigerPhi3SwiGLUMLP(MLP):
+    """The MLP of Phi-3 and GLM-4: gate and up in one projection, the gate first; no biases."""
+
+    act = "silu"
+    names = ("silu", "swish")
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.gate_up_proj = nn.Linear(self.hidden_size, 2 * self.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(self.intermediate_size, self.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gu = self.gate_up_proj(hidden_states)
+        return self.down_proj(glu_packed(gu, self.act, inplace=True))
