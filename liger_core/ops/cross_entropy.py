@@ -63,7 +63,7 @@ def _walk(
 ) -> Rows:  # fmt: skip
     """Values of the rows and, into dz, the gradient of loss * g; that alone by an earlier lse."""
     M, V = y.shape[0], z.shape[-1]
-    z = z.reshape(M, V)
+    z = z if z.dim() == 2 else z.reshape(M, V)
     z = z if z.stride(-1) == 1 else z.contiguous()
     tensors = (z, y, g, None if dz is None else dz.view(M, V), lse)
     if plan.kernels:

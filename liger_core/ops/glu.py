@@ -78,10 +78,13 @@ def _glu_fwd_kernel(
 def _glu_bwd_kernel(
     dy_ptr, g_ptr, u_ptr, dg_ptr, du_ptr,
     stride_dym, stride_gm, stride_um, stride_dm, offset_u, N,
-    ACT: tl.constexpr, BLOCK_N: tl.constexpr,
+    PACKED: tl.constexpr, ACT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # Grid (M, N / BLOCK_N).  dg, du: like g, u, both of row stride stride_dm; they may be g, u
-    # themselves, since each element is read and written by one thread.
+    # themselves, since each element is read and written by one thread.  PACKED: du is in dg, which
+    # is given once, because Inductor takes two names of one tensor for two that are written to.
+    if PACKED:
+        du_ptr = dg_ptr
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = cols < N
@@ -117,8 +120,9 @@ def _bwd_triton(dy: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, act: A
     (dy, stride_dy), (g2, stride_g), (u2, stride_u) = as_rows(dy), as_rows(g), as_rows(u)
     BLOCK_N, num_warps = _tiling(N)
     grid = dg.numel() // width, -(-N // BLOCK_N), 1
-    args = dy, g2, u2, dg, du, stride_dy, stride_g, stride_u, width, width - N, N
-    launch(_glu_bwd_kernel, grid, num_warps, args, act, BLOCK_N)
+    packed = width > N
+    args = dy, g2, u2, dg, dy if packed else du, stride_dy, stride_g, stride_u, width, width - N, N
+    launch(_glu_bwd_kernel, grid, num_warps, args, packed, act, BLOCK_N)
 
 
 def _parts(g: Tensor, u: Tensor, N: int) -> tuple[Tensor, Tensor]:

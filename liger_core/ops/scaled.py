@@ -35,7 +35,7 @@ def scaled(t: Tensor | None, s: Tensor, like: Tensor | None, own: bool) -> Tenso
         M, rows = t.shape[0], min(block(max(65536 // N, 1)), 1024)
         args = (t, s, M, s.stride(0) if s.dim() else 0, N)
         launch(_scale_kernel, (-(-M // rows), 1, 1), 4, args, rows, min(block(N), 4096))
-        return t.to(like.dtype)
+        return t if t.dtype == like.dtype else t.to(like.dtype)
     step = max((1 << 22) // N, 1)
     for i, t_c in enumerate(t.split(step)):
         t_c.copy_(t_c.to(s.dtype) * (s[i * step : (i + 1) * step, None] if s.dim() else s))

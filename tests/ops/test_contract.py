@@ -150,7 +150,7 @@ def test_empty_batches(name: str, impl: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", BRIEF, ids=repr)
 def test_backward_is_deterministic(case: Case) -> None:
-    inputs = {n: t.repeat_interleave(64, 0) if n == "x" else t for n, t in case.make().items()}
+    inputs = {n: t.repeat_interleave(64, 0) if n in "xr" else t for n, t in case.make().items()}
     inputs = inputs if "linear" not in case.name else case.make()
     first = grads_of(case, inputs, "triton")
     for _ in range(250):
