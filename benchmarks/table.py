@@ -15,8 +15,8 @@ from typing import Any
 
 Report = dict[str, Any]
 LEGEND = (
-    "Share of the floor, ms, for kernels also forward + backward and the rate of the floor's work, "
-    "extra MiB at the peak, host us a call. "
+    "Share of the floor, ms of the device, for kernels also forward + backward and the floor's "
+    "GB/s, extra MiB at the peak, host us a call. "
     "≠: a value or a gradient's norm is off by over 2 %. –: not offered."
 )
 

@@ -69,11 +69,14 @@ class Clock:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def ms(self, fn: Callable[[], object], calls: int) -> float:
-        """Milliseconds a call of `calls` in a row."""
+    def ms(self, fn: Callable[[], object], calls: int, host_us: float = 0.0) -> float:
+        """Milliseconds a call of `calls` in a row: the device's own, because it first waits for as
+        long as the host takes to have all of them ready, `host_us` each.
+        """
         self.wait()
         if self.cuda:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(int(calls * host_us * 2000))  # cycles of at most 2 GHz
             start.record()
             for _ in range(calls):
                 fn()
@@ -97,7 +100,8 @@ class Clock:
     def sustained_ms(self, fn: Callable[[], object], total_ms: float, calls: int = 1) -> float:
         """Milliseconds a call, over about `total_ms` and at least `calls`, after a warm-up."""
         fn()
-        return self.ms(fn, max(math.ceil(total_ms / max(self.ms(fn, 1), 1e-3)), calls))
+        calls = max(math.ceil(total_ms / max(self.ms(fn, 1), 1e-3)), calls)
+        return self.ms(fn, calls, 1.5 * self.host_us(fn))
 
 
 def matmul_rate(clock: Clock, gemm: tuple[int, int, int], device: str, ms: float) -> float:
