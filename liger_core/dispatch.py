@@ -4,6 +4,7 @@ Triton is optional: without it every op takes its torch path, and `triton`, `tl`
 that let kernel definitions be read but not launched.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -34,6 +35,7 @@ HAS_TRITON = isinstance(triton, type(torch))
 
 Impl = Literal["auto", "triton", "torch"]
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BF16_SUMS = 4  # roundings of a bf16 sum that are as exact as torch's one, by test
 HIP = torch.version.hip is not None
 
 
@@ -46,14 +48,16 @@ def use_triton(impl: Impl, x: Tensor, *others: Tensor | None) -> bool:
     Raises:
         ValueError: tensors on different devices, an unknown `impl`, or "triton" where it cannot be.
     """
-    device = x.device
+    device, fits = x.device, x.dtype in TRITON_DTYPES
     for t in others:
-        if t is not None and t.device != device:
+        if t is None:
+            continue
+        fits = fits and t.dtype != torch.float64
+        if t.device != device:
             names = ", ".join(str(t.device) for t in (x, *others) if t is not None)
             raise ValueError(f"all tensors must be on one device, got {names}; move them together")
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl must be 'auto', 'triton' or 'torch', got {impl!r}")
-    fits = x.dtype in TRITON_DTYPES
     if impl == "triton":
         if not HAS_TRITON:
             raise ValueError("impl='triton' needs the triton package: pip install triton")
@@ -63,7 +67,7 @@ def use_triton(impl: Impl, x: Tensor, *others: Tensor | None) -> bool:
                 f"got one on {x.device}; use impl='auto'"
             )
         if not fits:
-            raise ValueError(f"impl='triton' takes fp32, bf16 or fp16, got {x.dtype}; use 'auto'")
+            raise ValueError("impl='triton' takes fp32, bf16 and fp16, not fp64; use 'auto'")
         return True
     return impl == "auto" and HAS_TRITON and x.is_cuda and fits
 
@@ -84,8 +88,8 @@ def repacked(x, PACK: tl.constexpr):
     return x
 
 
-def packs() -> bool:
-    """Whether `repacked` can: it is PTX."""
+def can_repack() -> bool:
+    """Whether `repacked` does anything: it is PTX."""
     return not HIP and not triton.knobs.runtime.interpret
 
 
@@ -123,8 +127,10 @@ def launch(
             kinds.append(a if a < 2 else (a & 15 == 0, a >> 31 == 0))
         elif kind is float:
             kinds.append(kind)
-        else:
+        elif isinstance(a, Tensor):
             kinds += (a.dtype, a.data_ptr() & 15 == 0)
+        else:  # a bool, or a number of numpy's
+            kinds += (kind, a)
     key = tuple(kinds)
     if (compiled := _compiled.get(key)) is None:
         _compiled[key] = kernel[grid](*args, *constants, num_warps=num_warps)
@@ -166,6 +172,24 @@ def _properties(x: Tensor) -> Any:
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32 for all that is narrower, fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Ops in the dtypes that they are given; autocast is left alone where it is off, or traced."""
+    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def sum_dtype(dtype: torch.dtype, parts: int) -> torch.dtype:
+    """In which so many parts of a gradient are summed; fp16 could overflow, however few."""
+    return dtype if dtype == torch.bfloat16 and parts <= BF16_SUMS else accumulate_dtype(dtype)
+
+
+def overwritable(t: Tensor) -> bool:
+    """Whether a gradient may take the place of t, as far as autograd can tell."""
+    base = t if t._base is None else t._base  # pyright: ignore[reportPrivateUsage]
+    return type(t) is Tensor and t.is_contiguous() and not (t.is_leaf or base.is_leaf)
 
 
 def rounded(y: Tensor, dtype: torch.dtype) -> Tensor:

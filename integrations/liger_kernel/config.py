@@ -26,6 +26,8 @@ class LigerConfig:
         rope: rotary position embedding of queries and keys.
         norm: RMSNorm layers.
         mlp: the gated product of SwiGLU and GEGLU layers.
+        mlp_inplace: let its backward use up what it was computed from, which nobody else has seen;
+            False to go backward twice through one forward (`retain_graph=True`).
         fused_head: lm_head computes the loss itself while training with labels; no logits.
         cross_entropy: the loss of logits that do exist (evaluation, or without `fused_head`).
         memory_budget: bytes of logits that the fused head holds at once; None for a quarter of
@@ -39,6 +41,7 @@ class LigerConfig:
     rope: bool = True
     norm: bool = True
     mlp: bool = True
+    mlp_inplace: bool = True
     fused_head: bool = True
     cross_entropy: bool = False
     memory_budget: int | None = None
@@ -47,7 +50,7 @@ class LigerConfig:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("rope", "norm", "mlp", "fused_head", "cross_entropy", "strict"):
+        for name in ("rope", "norm", "mlp", "mlp_inplace", "fused_head", "cross_entropy", "strict"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {value!r}")
         budget = self.memory_budget

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
-from liger_core.dispatch import Impl, accumulate_dtype, use_triton
+from liger_core.dispatch import Impl, accumulate_dtype, no_autocast, overwritable, use_triton
 from liger_core.ops.labels import IGNORE_INDEX, LabelScan, as_labels
 from liger_core.ops.reduction import (
     CrossEntropyStats,
@@ -70,7 +70,7 @@ def _walk(
         return _rows(plan, c, *tensors)
     step = max(TORCH_CHUNK // max(V * 4, 1), 1)
     parts = [repeat(None) if t is None else t.split(step) for t in tensors]
-    with torch.autocast(z.device.type, enabled=False):  # which would take z @ c in half precision
+    with no_autocast(z.device.type):  # which would take z @ c in half precision, on a GPU
         return join([_rows(plan, c, *part) for part in zip(*parts, strict=False)])  # pyright: ignore
 
 
@@ -85,7 +85,7 @@ class _CrossEntropy(torch.autograd.Function):
         if plan.early and plan.inplace:
             increment_version(z)  # autograd then tells who has saved z
         ctx.plan, ctx.dz = plan, dz  # outside of autograd's sight: the first backward uses it up
-        ctx.save_for_backward(z, y, c, share, g, out.lse)
+        ctx.save_for_backward(z, y, c, share, out.lse)
         loss = out.loss.sum() if plan.summed else out.loss
         loss = loss if share is None else loss * share
         if not plan.want.top:
@@ -102,40 +102,32 @@ class _CrossEntropy(torch.autograd.Function):
                 "inplace=True has put the gradient where the logits were, so that there is one "
                 "backward only; leave inplace out"
             )
-        z, y, c, share, g, lse = ctx.saved_tensors
-        taken = plan.early and dz is not None
-        dz = z.new_empty(z.shape) if dz is None else dz
-        if not plan.early:
-            s = dloss if share is None else dloss * share
-            _walk(plan, c, z, y, s.expand(y.shape), dz, lse)
-        elif not taken:
-            _walk(plan, c, z, y, g, dz)
+        z, y, c, share, lse = ctx.saved_tensors
+        if dz is None or not plan.early:
+            dz = z.new_empty(z.shape) if dz is None else dz
+            g = share if plan.early else dloss if share is None else dloss * share
+            _walk(plan, c, z, y, None if g is None else g.expand(y.shape), dz, lse)
         if plan.early:
-            scaled(dz.view(y.shape[0], z.shape[-1]), dloss, dz, True)
+            scaled(dz.view(y.shape[0], z.shape[-1]), dloss, dz, True, plan.kernels)
         if plan.inplace:
             increment_version(dz)
         return dz, None, None, None, None
 
 
 def _check_inplace(z: Tensor) -> None:
-    owner = z if z._base is None else z._base  # pyright: ignore[reportPrivateUsage]
-    if z.is_leaf or owner.is_leaf:
+    if not overwritable(z):
         raise ValueError(
-            "inplace=True writes the gradient over the logits, which are a leaf that requires "
-            "grad, or a view of one; leave inplace out, or give logits that were computed"
-        )
-    if not z.is_contiguous():
-        raise ValueError(
-            f"inplace=True takes contiguous logits, got strides {z.stride()} of shape "
-            f"{tuple(z.shape)}; leave inplace out"
+            f"inplace=True writes the gradient over the logits: they must be contiguous, a plain "
+            f"tensor, and neither a leaf that requires grad nor a view of one; leave it out for a "
+            f"{type(z).__name__} of shape {tuple(z.shape)}, strides {z.stride()}"
         )
 
 
 def _cross_entropy(
     z: Tensor, y: Tensor, o: RowLoss, want: Want, reduction: Reduction, total: Tensor | None,
     c: Tensor | None, inplace: bool, impl: Impl,
-) -> tuple[Tensor, Rows, Tensor, Tensor | None]:  # fmt: skip
-    """The reduced loss, (M,) values of the rows, their labels, and what each weighs in it."""
+) -> tuple[Tensor, Rows | None, Tensor, Tensor | None]:  # fmt: skip
+    """The reduced loss, (M,) values of the rows if any is wanted, labels, what a row weighs."""
     if z.shape[:-1] != y.shape:
         raise ValueError(
             f"labels must have shape {tuple(z.shape[:-1])}, that of the logits without the last, "
@@ -158,9 +150,9 @@ def _cross_entropy(
     early = eager and summed and z.dtype != torch.float16
     plan = _Plan(o, want, summed, early, eager and inplace, kernels)
     out: Any = _CrossEntropy.apply(z, labels, c, share, plan)
-    loss, lse, top = out if want.top else (out, out, None)
+    loss, lse, top = out if want.top else (out, None, None)
     loss = loss if summed or y.dim() == 1 else loss.view(y.shape)
-    return loss, Rows(lse, lse, top=top), labels, share
+    return loss, None if lse is None else Rows(lse, lse, top=top), labels, share
 
 
 def cross_entropy(
@@ -194,9 +186,10 @@ def cross_entropy(
         label_smoothing: e in `row_loss`'s equation (Szegedy et al. 2016, section 7).
         z_loss: weight of lse^2 (PaLM, Chowdhery et al. 2022, section 5).
         inplace: write the gradient over the logits, which saves a tensor of their size: z holds it
-            from now on, or from backward for fp16 and "none". Autograd then raises for whoever
-            saved z before, and so does a second backward. No effect where z gets no gradient, nor
-            under torch.compile.
+            from now on, or from backward for fp16 and "none". A second backward raises, and so
+            does autograd for whoever saved z before, but not under saved-tensor hooks
+            (non-reentrant checkpoints). No effect where z gets no gradient, nor under
+            torch.compile.
         impl: "auto", "triton" or "torch"; see `liger_core.dispatch.use_triton`.
 
     Returns:
@@ -236,6 +229,7 @@ def cross_entropy_stats(
     loss, rows, labels, share = _cross_entropy(
         z, y, o, Want(top=True), reduction, total, class_weight, inplace, impl
     )
+    assert rows is not None
     return with_stats(
         loss, rows, labels, o, share, reduction != "none", lambda t, _: t.view(y.shape)
     )

@@ -11,7 +11,7 @@ The last is the usual (1 + tanh(v)) / 2 form, which equals s(2v). The backward r
 g and u come as two tensors (`glu`) or as the halves of one (`glu_packed`), by the same kernels.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from liger_core.dispatch import (
     as_rows,
     block,
     launch,
+    overwritable,
     rounded,
     tl,
     triton,
@@ -152,7 +153,8 @@ def _spend(ctx: Any) -> tuple[Tensor, ...]:
     if ctx.spent:
         raise RuntimeError(
             "this glu was called with inplace=True, so that its first backward has put gradients "
-            "where its inputs were; call it with inplace=False to go backward twice"
+            "where its inputs were; call it with inplace=False to go backward twice (for a patched "
+            "model, mlp_inplace=False)"
         )
     saved = ctx.saved_tensors
     ctx.spent = True
@@ -186,14 +188,9 @@ def _ours(*inputs: Tensor) -> bool:
     """Whether backward may write over these: see `glu`."""
     if torch.compiler.is_compiling():
         return False
-    for t in inputs:
-        if type(t) is not Tensor or t.is_leaf or not t.is_contiguous():
-            return False
-        base = t._base  # pyright: ignore[reportPrivateUsage]
-        if base is not None and base.is_leaf:  # a view of a parameter
-            return False
-    g, u = inputs[0], inputs[-1]
-    return g is u or abs(g.data_ptr() - u.data_ptr()) >= g.nbytes
+    g, *u = inputs
+    apart = not u or abs(g.data_ptr() - u[0].data_ptr()) >= g.nbytes
+    return apart and all(overwritable(t) for t in inputs)
 
 
 def glu(
@@ -207,10 +204,11 @@ def glu(
         u: (..., N) up projection, of g's shape and dtype.
         act: "silu", "gelu" (exact, by erf) or "gelu_tanh".
         inplace: let backward put dg and du where g and u are, so that y is all the memory that the
-            op adds. For callers that computed both themselves and use them nowhere else: who
-            saved them for a backward of their own that comes later gets autograd's error, a second
-            backward raises RuntimeError, and who merely reads them then reads gradients. It has
-            no effect under torch.compile, nor unless both are contiguous, plain tensors (no
+            op adds. For callers that computed both themselves and use them nowhere else: a second
+            backward raises RuntimeError; who saved them for a backward that comes later gets
+            autograd's error, but wrong gradients under saved-tensor hooks (non-reentrant
+            checkpoints), where autograd does not look; and who reads them then reads gradients.
+            No effect under torch.compile, nor unless both are contiguous, plain tensors (no
             subclass) that do not overlap and are neither leaves of autograd nor views of one.
         impl: "auto", "triton" or "torch"; see `liger_core.dispatch.use_triton`.
 
@@ -221,14 +219,14 @@ def glu(
     Raises:
         ValueError: shapes, dtypes or devices that differ, or an unknown `act`.
     """
-    if g.shape != u.shape or g.dtype != u.dtype:
+    if g.shape != u.shape or g.dtype != u.dtype or g.dim() == 0:
         raise ValueError(
-            f"gate and up must agree in shape and dtype, got {tuple(g.shape)} {g.dtype} "
-            f"and {tuple(u.shape)} {u.dtype}"
+            f"gate and up must be (..., N) and agree in shape and dtype, got "
+            f"{tuple(g.shape)} {g.dtype} and {tuple(u.shape)} {u.dtype}"
         )
     _check(act)
     kernels = use_triton(impl, g, u) and g.numel() > 0
-    inplace = inplace and g is not u and _ours(g, u)
+    inplace = inplace and _ours(g, u)
     return _GLU.apply(g, u, g.shape[-1], act, kernels, inplace)  # pyright: ignore
 
 
@@ -257,8 +255,8 @@ def glu_packed(
 
 
 def _check(act: str) -> None:
-    if act not in ("silu", "gelu", "gelu_tanh"):
-        raise ValueError(f"act must be 'silu', 'gelu' or 'gelu_tanh', got {act!r}")
+    if act not in get_args(Activation):
+        raise ValueError(f"act must be one of {get_args(Activation)}, got {act!r}")
 
 
 def swiglu(g: Tensor, u: Tensor, *, impl: Impl = "auto") -> Tensor:

@@ -11,10 +11,12 @@ IGNORE_INDEX = -100
 
 
 def as_labels(y: Tensor) -> Tensor:
-    """Labels as (M,) int64; ValueError if they are not integers."""
+    """Labels as contiguous (M,) int64; ValueError if they are not integers."""
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise ValueError(f"labels must be integers, got {y.dtype}; use labels.long()")
-    return y if y.dtype == torch.int64 and y.dim() == 1 else y.flatten().to(torch.int64)
+    if y.dtype == torch.int64 and y.dim() == 1 and y.is_contiguous():
+        return y
+    return y.flatten().to(torch.int64).contiguous()
 
 
 class LabelScan:

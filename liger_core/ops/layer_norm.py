@@ -8,8 +8,8 @@ The backward and the kernels are `row_norm`'s.
 import torch
 from torch import Tensor
 
-from liger_core.dispatch import Impl, accumulate_dtype, use_triton
-from liger_core.ops.row_norm import Norm, check_widths, row_norm
+from liger_core.dispatch import Impl, accumulate_dtype
+from liger_core.ops.row_norm import Norm, row_norm
 
 
 def layer_norm_ref(
@@ -46,6 +46,4 @@ def layer_norm(
     Raises:
         ValueError: `w` or `b` is not (N,), or tensors on different devices.
     """
-    check_widths(x, w=w, b=b)
-    kernels = use_triton(impl, x, w, b) and x.numel() > 0
-    return row_norm(x, None, w, b, Norm(True, eps), kernels)  # pyright: ignore
+    return row_norm(x, None, w, b, Norm(center=True, eps=eps), impl)

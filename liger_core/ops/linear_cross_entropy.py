@@ -39,7 +39,7 @@ from liger_core.ops.reduction import (
     with_stats,
 )
 from liger_core.ops.row_loss import NOTHING, RowLoss, Rows, Want, join
-from liger_core.ops.scaled import scaled
+from liger_core.ops.scaled import scale_all
 
 
 @without_autocast
@@ -100,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if own:
             grads, ctx.unit = ctx.unit or _walk(ctx.plan, head, y, rows, c, NOTHING, g)[1], None
         s = dloss * later
-        return *(scaled(t, s, like, own) for t, like in zip(grads, head, strict=True)), *[None] * 7
+        return *scale_all(grads, s, head, own, ctx.plan.kernels), *[None] * 7
 
 
 def _weights(

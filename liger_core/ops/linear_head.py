@@ -14,13 +14,20 @@ from typing import Concatenate, NamedTuple, ParamSpec, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
-from liger_core.dispatch import Impl, accumulate_dtype, use_triton
+from liger_core.dispatch import (
+    BF16_SUMS,
+    Impl,
+    accumulate_dtype,
+    no_autocast,
+    sum_dtype,
+    use_triton,
+)
 from liger_core.ops.labels import IGNORE_INDEX, LabelScan, as_labels
 from liger_core.ops.row_loss import RowLoss, Rows, Want, row_grad, row_loss
 from liger_core.ops.vocab_parallel import VocabShard, combine
 
 MIN_BUDGET, MAX_BUDGET = 32 << 20, 1 << 30  # bytes of logits, where the caller names none
-CHUNKS = 4  # bf16 sums of as many parts of dw are as exact as torch's, by test
+CHUNKS = BF16_SUMS
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -244,12 +251,6 @@ def _plan(head: Head, n: int, o: RowLoss, opt: Options) -> Plan:
     return Plan(o, dtype, dw_dtype, chunks, need, kernels, opt.shard, classes * dtype.itemsize)
 
 
-def sum_dtype(dtype: torch.dtype, parts: int) -> torch.dtype:
-    """In which so many parts of dw are summed. fp16 could overflow, whatever their number."""
-    narrow = dtype == torch.bfloat16 and parts <= CHUNKS
-    return dtype if narrow else accumulate_dtype(dtype)
-
-
 def largest(t: Tensor) -> Tensor:
     """0-d: the largest finite magnitude in t, 1 where there is none."""
     most = t.abs().nan_to_num(0.0, 0.0).amax() if t.numel() else t.new_ones(())
@@ -263,10 +264,7 @@ def without_autocast(
 
     @wraps(fn)
     def run(plan: Plan, head: Head, *args: P.args, **kwargs: P.kwargs) -> R:
-        device = head.x.device.type
-        if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
-            return fn(plan, head, *args, **kwargs)
-        with torch.autocast(device, enabled=False):
+        with no_autocast(head.x.device.type):
             return fn(plan, head, *args, **kwargs)
 
     return run

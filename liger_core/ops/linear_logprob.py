@@ -30,7 +30,7 @@ from liger_core.ops.linear_head import (
     without_autocast,
 )
 from liger_core.ops.row_loss import PLAIN, RowLoss, Rows, Want, join, row_loss_ref
-from liger_core.ops.scaled import scaled
+from liger_core.ops.scaled import scale_all, scaled
 
 Output = Literal["entropy", "log_sum_sq_probs", "mean_logit", "is_top1"]
 
@@ -154,11 +154,11 @@ class _RowLosses(torch.autograd.Function):
         g, dh = torch.zeros_like(lse) if g is None else g, dh if ctx.entropy else None
         if unit is not None and dh is None:
             s = g if rows is None else g.new_zeros(x.shape[0]).index_copy(0, rows, g)
-            return scaled(unit, s, x, own), *[None] * 10
+            return scaled(unit, s, x, own, plan.kernels), *[None] * 10
         s, g, dh = unit_gradients(g, dh) if plan.unit else (None, g, dh)
         grads = _backward(plan, head, y, rows, c, lse, entropy, g, dh, kept)
         s = lse.new_ones(()) if s is None else s
-        return *(scaled(t, s, like, own) for t, like in zip(grads, head, strict=True)), *[None] * 6
+        return *scale_all(grads, s, head, own, plan.kernels), *[None] * 6
 
 
 def row_losses(call: Call, want: Want, c: Tensor | None = None, keep: int | None = None) -> Rows:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from liger_core.dispatch import accumulate_dtype
+from liger_core.dispatch import accumulate_dtype, sum_dtype
 from liger_core.ops.linear_head import (
     CHUNKS,
     MAX_BUDGET,
@@ -32,7 +32,6 @@ from liger_core.ops.linear_head import (
     prepare,
     spans,
     split,
-    sum_dtype,
     without_autocast,
 )
 from liger_core.ops.linear_logprob import (
@@ -44,7 +43,7 @@ from liger_core.ops.linear_logprob import (
     wanted,
 )
 from liger_core.ops.row_loss import Rows, Want, join
-from liger_core.ops.scaled import scaled
+from liger_core.ops.scaled import scale_all
 
 Together = Literal["sequence", "pair", "batch"]
 LossFn = Callable[[TokenStats, Callable[[Tensor], Tensor]], Tensor]
@@ -214,7 +213,8 @@ class _LinearLoss(torch.autograd.Function):
         head = Head(*tensors)
         grads, ctx.unit = ctx.unit or ctx.walk(ctx.plan, head, y, rows)[3], None
         s = dloss * later
-        return *(scaled(t, s, like, True) for t, like in zip(grads, head, strict=True)), *[None] * 4
+        grads = scale_all(grads, s, head, True, ctx.plan.kernels)
+        return *grads, *[None] * 4
 
 
 def linear_loss(

@@ -96,8 +96,8 @@ def with_stats(
     """
     z_loss = o.z_loss * rows.lse.detach().square()
     z_loss = z_loss if share is None else z_loss * share
-    top = y.new_empty(0) if rows.top is None else rows.top
-    scored = y != o.ignore_index
-    hits = ((top == y) & scored).sum() / scored.sum().clamp_min(1)
     z_loss = z_loss.sum() if summed else spread(z_loss, 0)
-    return CrossEntropyStats(loss, z_loss, hits, spread(top, -1))
+    hits = rows.hits(y, o.ignore_index)
+    assert hits is not None and rows.top is not None
+    accuracy = hits.sum() / (y != o.ignore_index).sum().clamp_min(1)
+    return CrossEntropyStats(loss, z_loss, accuracy, spread(rows.top, -1))

@@ -5,16 +5,16 @@
 The backward and the kernels are `row_norm`'s.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from liger_core.dispatch import Impl, accumulate_dtype, use_triton
-from liger_core.ops.row_norm import Norm, check_widths, row_norm
+from liger_core.dispatch import Impl, accumulate_dtype
+from liger_core.ops.row_norm import Norm, row_norm
 
 Casting = Literal["llama", "gemma", "none"]
-CASTINGS = ("llama", "gemma", "none")
+CASTINGS = get_args(Casting)
 
 
 def rms_norm_ref(
@@ -40,7 +40,10 @@ def rms_norm_ref(
 def _options(eps: float, offset: float, casting: Casting) -> Norm:
     if casting not in CASTINGS:
         raise ValueError(f"casting must be one of {CASTINGS}, got {casting!r}")
-    return Norm(False, eps, offset, casting == "llama", casting != "gemma")
+    return Norm(
+        center=False, eps=eps, offset=offset,
+        round_xhat=casting == "llama", promote=casting != "gemma",
+    )  # fmt: skip
 
 
 def rms_norm(
@@ -70,9 +73,7 @@ def rms_norm(
     Raises:
         ValueError: `w` is not (N,), tensors on different devices, or an unknown casting.
     """
-    check_widths(x, w=w)
-    o = _options(eps, offset, casting)
-    return row_norm(x, None, w, None, o, use_triton(impl, x, w) and x.numel() > 0)  # pyright: ignore
+    return row_norm(x, None, w, None, _options(eps, offset, casting), impl)
 
 
 def add_rms_norm(
@@ -103,6 +104,4 @@ def add_rms_norm(
             f"x and r must agree in shape and dtype, got {tuple(x.shape)} {x.dtype} and "
             f"{tuple(r.shape)} {r.dtype}"
         )
-    check_widths(x, w=w)
-    o = _options(eps, offset, casting)
-    return row_norm(x, r, w, None, o, use_triton(impl, x, r, w) and x.numel() > 0)  # pyright: ignore
+    return row_norm(x, r, w, None, _options(eps, offset, casting), impl)

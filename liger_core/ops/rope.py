@@ -91,7 +91,7 @@ def _rope_kernel(
     # Grid (B * T,): one token a program.  q, yq: (B, HQ, T, D);  k, yk: (B, HK, T, D);  cos, sin:
     # (1 or B, T, R) contiguous, stride_cb 0 for the former.  BLOCK_R holds R / 2, BLOCK_P D - R.
     # R and D are constants, so that widths such as 80 are known to be multiples of 16 bytes; the
-    # heads are, so that all loads can be on their way at once.
+    # heads are, so that the loops over them unroll.
     b, t = tl.program_id(0).to(tl.int64) // T, tl.program_id(0).to(tl.int64) % T
     d = tl.arange(0, BLOCK_R)[None, :]
     mask = d < R // 2
@@ -213,6 +213,8 @@ def rope(
     Raises:
         ValueError: shapes that do not fit, an odd R, or tensors on different devices.
     """
+    if q.dim() != 4:
+        raise ValueError(f"q must be (B, heads, T, D), got {tuple(q.shape)}")
     B, _, T, D = q.shape
     if k.dim() != 4 or (k.shape[0], k.shape[2], k.shape[3]) != (B, T, D):
         raise ValueError(

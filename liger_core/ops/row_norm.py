@@ -22,18 +22,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from liger_core.dispatch import (
+    Impl,
     accumulate_dtype,
     as_rows,
     block,
+    can_repack,
     fp32,
     launch,
-    packs,
     repacked,
     rounded,
     shared_memory,
     sm_count,
     tl,
     triton,
+    use_triton,
 )
 
 
@@ -51,7 +53,7 @@ class Norm(NamedTuple):
 
 
 Grads = tuple[Tensor, Tensor | None, Tensor | None]  # of x, w and b
-MAX_BLOCK = 16384  # columns that a program holds; wider rows are read twice
+MAX_BLOCK = 16384  # columns that a program holds; wider rows are read again for every pass
 
 
 @triton.jit
@@ -142,6 +144,13 @@ def _normed(dy, x, cols, N, mean, rstd, CENTER: tl.constexpr):
 
 
 @triton.jit
+def _add(ptr, cols, N, value):
+    """To a row that no other program touches."""
+    old = tl.load(ptr + cols, mask=cols < N, other=0.0)
+    tl.store(ptr + cols, old + value, mask=cols < N)
+
+
+@triton.jit
 def _norm_bwd_kernel(
     dy_ptr, ds_ptr, x_ptr, w_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr,
     stride_dym, stride_dsm, stride_xm, M, N, inv_n, offset,
@@ -196,13 +205,10 @@ def _norm_bwd_kernel(
                 dx += _load(ds_ptr, rows, stride_dsm, cols, M, N).to(tl.float32)
             _store(dx_ptr, rows, N, cols, M, N, dx)
             if WIDE:
-                mask = cols < N
                 if NEED_DW:
-                    dw_i = tl.load(dw_ptr + cols, mask=mask, other=0.0) + tl.sum(dy * xhat, 0)
-                    tl.store(dw_ptr + cols, dw_i, mask=mask)
+                    _add(dw_ptr, cols, N, tl.sum(dy * xhat, 0))
                 if NEED_DB:
-                    db_i = tl.load(db_ptr + cols, mask=mask, other=0.0) + tl.sum(dy, 0)
-                    tl.store(db_ptr + cols, db_i, mask=mask)
+                    _add(db_ptr, cols, N, tl.sum(dy, 0))
             else:
                 if NEED_DW:
                     dw += dy * xhat
@@ -241,7 +247,8 @@ def _tile(N: int) -> tuple[bool, int]:
 def _bwd_shape(x: Tensor, N: int, itemsize: int) -> tuple[int, int, int, int]:
     """Rows of a tile, programs a multiprocessor, warps, and stages of the loop: measured on an
     H100, which wants some 6000 elements of each input on their way to a multiprocessor. They have
-    to fit its shared memory for each stage that waits, `itemsize` bytes of all inputs together.
+    to fit its shared memory for each stage that waits, `itemsize` bytes of all inputs together,
+    beside what the reductions take.
     """
     if N > 8192:
         return 1, 1, 16, 1
@@ -298,7 +305,7 @@ def _bwd_triton(
         (dy, dy if ds is None else ds, rows, rows if w is None else w, mean, rstd, dx, partial,
          stride_dy, stride_ds, stride, M, N, 1 / N, o.offset),
         o.center, ds is not None, w is not None, dw_dtype is not None, db_dtype is not None,
-        wide, BLOCK_N == MAX_BLOCK, BLOCK_N == MAX_BLOCK and packs(), stages, BLOCK_M, BLOCK_N,
+        wide, BLOCK_N == MAX_BLOCK, BLOCK_N == MAX_BLOCK and can_repack(), stages, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     if not sums:
         return dx, None, None
@@ -365,16 +372,13 @@ class _RowNorm(torch.autograd.Function):
 
 
 def row_norm(
-    x: Tensor, r: Tensor | None, w: Tensor | None, b: Tensor | None, o: Norm, kernels: bool
-) -> Tensor | tuple[Tensor, Tensor]:
-    """y, and s where there is a residual; shapes and devices are the caller's to check."""
-    return _RowNorm.apply(x, r, w, b, o, kernels)  # pyright: ignore
-
-
-def check_widths(x: Tensor, **parts: Tensor | None) -> None:
-    """ValueError for a weight or bias that is not one number a column."""
-    for name, t in parts.items():
+    x: Tensor, r: Tensor | None, w: Tensor | None, b: Tensor | None, o: Norm, impl: Impl
+) -> Any:
+    """y, and s where there is a residual, which agrees with x. Checks w, b, devices and `impl`."""
+    for name, t in (("w", w), ("b", b)):
         if t is not None and t.shape != x.shape[-1:]:
             raise ValueError(
                 f"{name} must have shape {tuple(x.shape[-1:])}, the last of x, got {tuple(t.shape)}"
             )
+    kernels = use_triton(impl, x, r, w, b) and x.numel() > 0
+    return _RowNorm.apply(x, r, w, b, o, kernels)

@@ -1,9 +1,11 @@
 """A gradient taken before its upstream gradient was known, times that."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-from liger_core.dispatch import HAS_TRITON, block, launch, tl, triton
+from liger_core.dispatch import block, launch, rounded, tl, triton
 
 
 @triton.jit
@@ -20,7 +22,9 @@ def _scale_kernel(t_ptr, s_ptr, M, stride_s, N, ROWS: tl.constexpr, BLOCK_N: tl.
                 tl.store(t_ptr + row * N + cols, t, mask=cols < N)
 
 
-def scaled(t: Tensor | None, s: Tensor, like: Tensor | None, own: bool) -> Tensor | None:
+def scaled(
+    t: Tensor | None, s: Tensor, like: Tensor | None, own: bool, kernels: bool
+) -> Tensor | None:
     """t * s in the dtype of `like`, with s, 0-d or one a row, at its full precision; in t itself
     where it is our `own` and can be.
 
@@ -31,12 +35,20 @@ def scaled(t: Tensor | None, s: Tensor, like: Tensor | None, own: bool) -> Tenso
     if not own or t.dtype not in (like.dtype, s.dtype):
         return (t.to(s.dtype) * (s[:, None] if s.dim() else s)).to(like.dtype)
     N = max(t[:1].numel(), 1)
-    if HAS_TRITON and t.is_cuda and s.dtype == torch.float32 and t.numel():
+    if kernels and s.dtype == torch.float32 and t.numel():
         M, rows = t.shape[0], min(block(max(65536 // N, 1)), 1024)
         args = (t, s, M, s.stride(0) if s.dim() else 0, N)
         launch(_scale_kernel, (-(-M // rows), 1, 1), 4, args, rows, min(block(N), 4096))
-        return t if t.dtype == like.dtype else t.to(like.dtype)
+        return rounded(t, like.dtype)
     step = max((1 << 22) // N, 1)
     for i, t_c in enumerate(t.split(step)):
         t_c.copy_(t_c.to(s.dtype) * (s[i * step : (i + 1) * step, None] if s.dim() else s))
-    return t.to(like.dtype)
+    return rounded(t, like.dtype)
+
+
+def scale_all(
+    grads: Iterable[Tensor | None], s: Tensor, like: Iterable[Tensor | None], own: bool,
+    kernels: bool,
+) -> list[Tensor | None]:  # fmt: skip
+    """`scaled` for each."""
+    return [scaled(t, s, x, own, kernels) for t, x in zip(grads, like, strict=True)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
-from liger_core.ops.linear_head import sum_dtype
+from liger_core.dispatch import sum_dtype
 
 Fn = Callable[[Tensor], Tensor]
 

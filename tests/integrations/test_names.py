@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import liger_kernel.transformers as lk
+from liger_kernel.config import LigerConfig
 from liger_kernel.transformers import functional, monkey_patch
 from liger_kernel.transformers.patch import ACTIVATIONS
 from liger_kernel.transformers.rope import liger_rotary_pos_emb_vision
@@ -291,12 +293,54 @@ def test_tiled_mlps(cls: Any) -> None:
     torch.testing.assert_close(compiled(x), y)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("hooked", ["forward", "hook", "global"])
 @pytest.mark.parametrize("cls", [lk.LigerSwiGLUMLP, lk.LigerPhi3SwiGLUMLP])
-def test_a_hook_that_keeps_what_backward_uses_up(cls: Any) -> None:
-    """Another loss of it gets its gradient or an error, and never a wrong one."""
-    mlp, kept = cls(mlp_config("silu")), []
+def test_who_else_sees_a_projection(cls: Any, hooked: str, checkpointed: bool) -> None:
+    """Another loss of it, and what is kept of it, are right: backward leaves it alone then."""
+    mlp, x, seen = cls(mlp_config("silu")), torch.randn(2, 8), []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        seen.clear()
+        y = mlp(x).sum()
+        return y + seen[0].square().mean() if seen else y
+
     first = next(mlp.children())
-    first.register_forward_hook(lambda _, __, out: kept.append(out.square().mean()))
-    y = mlp(torch.randn(2, 8))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        (y.sum() + kept[0]).backward()
+    if hooked == "forward":
+        plain = first.forward
+        first.forward = lambda x: seen.append(plain(x)) or seen[0]
+    elif hooked == "hook":
+        first.register_forward_hook(lambda _, __, out: seen.append(out))
+    else:
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, _, out: seen.append(out) if module is first else None
+        )
+    y = checkpoint(run, x, use_reentrant=False) if checkpointed else run(x)
+    kept = seen[0].detach().clone()
+    got = torch.autograd.grad(y, list(mlp.parameters()))
+    torch.testing.assert_close(seen[0], kept)
+    if hooked == "global":
+        handle.remove()
+    first._forward_hooks.clear()
+    vars(first).pop("forward", None)
+    g = F.linear(x, first.weight)
+    penalty = g.square().mean()
+    want = torch.autograd.grad(mlp(x).sum() + penalty, list(mlp.parameters()))
+    torch.testing.assert_close(got, want)
+
+
+def test_a_patched_mlp_that_keeps_its_buffers_goes_backward_twice() -> None:
+    model = build()
+    loss = {}
+    for inplace in (True, False):
+        with lk.apply(model, LigerConfig(mlp_inplace=inplace)):
+            out = model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None])
+            first = torch.autograd.grad(out.loss, list(model.parameters()), retain_graph=True)
+            loss[inplace] = first
+            if inplace:
+                with pytest.raises(RuntimeError, match="mlp_inplace=False"):
+                    out.loss.backward()
+            else:
+                second = torch.autograd.grad(out.loss, list(model.parameters()))
+                torch.testing.assert_close(first, second)
+    torch.testing.assert_close(loss[True], loss[False])

@@ -76,11 +76,13 @@ def add_rms_norm_ref(x: Tensor, r: Tensor, w: Tensor | None = None, **kw: Any) -
 
 
 def _norms() -> list[Case]:
-    """Rows by the tile, with lanes left over, of one column, by heads, and wider than a program."""
+    """Rows by the tile, with lanes left over, of one column, by heads, and wider than a program;
+    more of them than programs, too, at least in the interpreter."""
     cases: list[Case] = []
-    for shape in ((1, 64), (7, 100), (9, 1), (33, 129), (2, 3, 4, 24), (3, 8200), (3, 16424)):
+    castings = ("llama", 0.0), ("gemma", 1.0), ("none", 0.3)
+    for shape in ((1, 64), (7, 100), (9, 1), (200, 129), (2, 3, 4, 24), (3, 8200), (6, 16424)):
         N, name = shape[-1], "x".join(map(str, shape))
-        for casting, offset in (("llama", 0.0), ("gemma", 1.0), ("none", 0.3)):
+        for casting, offset in castings if N < 8000 else castings[:1]:
             kw: dict[str, Any] = dict(eps=0.1, offset=offset, casting=casting)
             norm, ref = partial(rms_norm, **kw), partial(rms_norm_ref, **kw)
             cases.append(Case(f"rms_norm-{casting}-{name}", norm, ref, _randn(x=shape, w=(N,))))
@@ -89,7 +91,7 @@ def _norms() -> list[Case]:
             make = _randn(x=shape, r=shape, w=(N,))
             cases.append(Case(f"add_rms_norm-{casting}-{name}", both, ref, make))
         layer, ref = partial(layer_norm, eps=0.1), partial(layer_norm_ref, eps=0.1)
-        for shift in (0.0, 30.0):
+        for shift in (0.0, 30.0) if N < 8000 else (0.0,):
             make = _randn(shift, x=shape, w=(N,), b=(N,))
             cases.append(Case(f"layer_norm-{name}+{shift:g}", layer, ref, make))
     some, (M, N) = {"eps": 0.1}, (6, 40)

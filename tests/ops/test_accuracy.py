@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from cases import BRIEF, CASES, Case
-from liger_core import linear_cross_entropy, rms_norm
+from liger_core import layer_norm, linear_cross_entropy, rms_norm
+from liger_core.ops import row_norm
+from liger_core.ops.layer_norm import layer_norm_ref
 from liger_core.ops.linear_logprob import linear_logprob_ref
 from liger_core.ops.rms_norm import rms_norm_ref
 from numerics import DEVICE, IMPLS, assert_no_worse_than_torch
@@ -48,6 +50,20 @@ def test_a_promoted_norm_is_the_models_own(impl: str, dtype: torch.dtype) -> Non
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, rms_norm_ref(x, w, 0.1))
     assert rms_norm(x, w, 0.1, casting="gemma", impl=impl).dtype == dtype  # pyright: ignore
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_many_partial_sums(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than one block of the kernel that adds them up."""
+    monkeypatch.setattr(row_norm, "sm_count", lambda x: 200)
+    torch.manual_seed(0)
+    x, w, b = (torch.randn(s, device=DEVICE) for s in ((150, 1030), (1030,), (1030,)))
+    assert_no_worse_than_torch(
+        lambda **t: layer_norm(**t, impl=impl),  # pyright: ignore
+        lambda **t: layer_norm_ref(**t),
+        {"x": x, "w": w, "b": b},
+        torch.float32,
+    )
 
 
 @pytest.mark.parametrize("chunks", [1, 4, 5, 64])

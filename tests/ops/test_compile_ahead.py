@@ -45,7 +45,7 @@ def record(kernel, *args, grid, warmup, num_warps, **constants):
 JITFunction.run = record
 triton.knobs.runtime.interpret = True
 if target.backend == "cuda":  # as on a GPU
-    row_norm.packs, row_norm.shared_memory = lambda: True, lambda x: 1 << 20
+    row_norm.can_repack, row_norm.shared_memory = lambda: True, lambda x: 1 << 20
 more = "16424", "-all-", "token_scaling-mean-c", "class-mean", "class+z_loss-mean-c"
 for case in cases.BRIEF + [c for c in cases.CASES if any(m in c.name for m in more)]:
     inputs = {n: t.bfloat16().requires_grad_() for n, t in case.make().items()}

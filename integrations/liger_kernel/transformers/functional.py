@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from liger_core import (
+    add_rms_norm,
     cross_entropy,
     cross_entropy_stats,
     geglu,
@@ -23,6 +24,7 @@ from liger_kernel.transformers.rope import liger_rotary_pos_emb as liger_rope
 __all__ = [
     "CrossEntropyOutput",
     "liger_cross_entropy",
+    "liger_fused_add_rms_norm",
     "liger_fused_linear_cross_entropy",
     "liger_geglu",
     "liger_layer_norm",
@@ -79,6 +81,9 @@ def liger_cross_entropy(
         weight: (V,) weights of the classes. size_average, reduce: refused.
         return_z_loss, return_token_accuracy, return_predicted_tokens: one set returns a
             `CrossEntropyOutput` with what was asked for, instead of the loss.
+
+    Raises:
+        ValueError: `size_average` or `reduce` is set.
     """
     if size_average is not None or reduce is not None:
         raise ValueError("size_average and reduce are not supported; use reduction")
@@ -140,6 +145,19 @@ def liger_rms_norm(
 ) -> Tensor:
     """`liger_core.rms_norm`; `in_place` has no effect, X and its gradient are never written to."""
     return rms_norm(X, W, eps, offset=offset, casting=casting_mode)
+
+
+def liger_fused_add_rms_norm(
+    X: Tensor,
+    R: Tensor,
+    W: Tensor,
+    eps: float,
+    offset: float = 0.0,
+    casting_mode: Casting = "llama",
+    in_place: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`liger_core.add_rms_norm`: (norm(X + R), X + R); `in_place` has no effect."""
+    return add_rms_norm(X, R, W, eps, offset=offset, casting=casting_mode)
 
 
 def liger_layer_norm(X: Tensor, W: Tensor, B: Tensor | None, eps: float) -> Tensor:

@@ -22,6 +22,7 @@ from liger_kernel.config import LigerConfig, disabled
 from liger_kernel.transformers import head
 from liger_kernel.transformers.recipes import RECIPES, Norm, Recipe
 from liger_kernel.transformers.rope import liger_rotary_pos_emb
+from liger_kernel.transformers.swiglu import unseen
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -113,9 +114,10 @@ def _norm(module: nn.Module, spec: Norm, impl: Impl, hidden_states: Tensor) -> T
     return rms_norm(hidden_states, weight, eps, offset=spec.offset, casting=spec.casting, impl=impl)
 
 
-def _glu(module: Any, act: Activation, impl: Impl, x: Tensor) -> Tensor:
-    g, u = module.gate_proj(x), module.up_proj(x)  # nobody else's, so that backward may use them up
-    return module.down_proj(glu(g, u, act, inplace=True, impl=impl))
+def _glu(module: Any, act: Activation, impl: Impl, inplace: bool, x: Tensor) -> Tensor:
+    g, u = module.gate_proj(x), module.up_proj(x)
+    inplace = inplace and unseen(module.gate_proj, module.up_proj)
+    return module.down_proj(glu(g, u, act, inplace=inplace, impl=impl))
 
 
 def _attention(module: nn.Module, impl: Impl, *args: Any, **kwargs: Any) -> Any:
@@ -161,7 +163,7 @@ def _layers(patch: Patch, recipe: Recipe) -> None:
         if cls == recipe.norm.cls and config.norm:
             new, op = partial(_norm, module, recipe.norm, impl), "rms_norm"
         elif cls == recipe.glu.cls and config.mlp and act:
-            new, op = partial(_glu, module, act, impl), f"glu[{act}]"
+            new, op = partial(_glu, module, act, impl, config.mlp_inplace), f"glu[{act}]"
         elif cls == recipe.attention and config.rope and _calls_rotary(type(module)):
             _rebind(type(module), impl)
             new, op = partial(_attention, module, impl), "rope"

@@ -9,18 +9,25 @@ from liger_core.ops.rms_norm import CASTINGS, Casting
 
 class _Norm(nn.Module):
     def __init__(
-        self, hidden_size: int, eps: float, offset: float, casting: Casting, init_fn: str,
-        affine: bool,
-    ) -> None:  # fmt: skip
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        offset: float = 0.0,
+        casting_mode: Casting = "llama",
+        init_fn: str = "ones",
+        in_place: bool = True,
+        row_mode: bool | None = None,
+        elementwise_affine: bool = True,
+    ) -> None:
         super().__init__()
-        if casting not in CASTINGS:
-            raise ValueError(f"casting_mode must be one of {CASTINGS}, got {casting!r}")
+        if casting_mode not in CASTINGS:
+            raise ValueError(f"casting_mode must be one of {CASTINGS}, got {casting_mode!r}")
         if init_fn not in ("ones", "zeros"):
             raise ValueError(f"init_fn must be 'ones' or 'zeros', got {init_fn!r}")
         self.hidden_size, self.variance_epsilon, self.offset = hidden_size, eps, offset
-        self.casting_mode: Casting = casting
+        self.casting_mode: Casting = casting_mode
         weight = (torch.ones if init_fn == "ones" else torch.zeros)(hidden_size)
-        self.weight = nn.Parameter(weight) if affine else None
+        self.weight = nn.Parameter(weight) if elementwise_affine else None
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, eps={self.variance_epsilon}, offset={self.offset}"
@@ -40,19 +47,6 @@ class LigerRMSNorm(_Norm):
         elementwise_affine: False for no weight.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        eps: float = 1e-6,
-        offset: float = 0.0,
-        casting_mode: Casting = "llama",
-        init_fn: str = "ones",
-        in_place: bool = True,
-        row_mode: bool | None = None,
-        elementwise_affine: bool = True,
-    ) -> None:
-        super().__init__(hidden_size, eps, offset, casting_mode, init_fn, elementwise_affine)
-
     def forward(self, hidden_states: Tensor) -> Tensor:
         return rms_norm(
             hidden_states, self.weight, self.variance_epsilon,
@@ -61,21 +55,7 @@ class LigerRMSNorm(_Norm):
 
 
 class LigerFusedAddRMSNorm(_Norm):
-    """(norm(x + residual), x + residual) as `liger_core.add_rms_norm`.
-
-    Arguments as of `LigerRMSNorm`.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        eps: float = 1e-6,
-        offset: float = 0.0,
-        casting_mode: Casting = "llama",
-        init_fn: str = "ones",
-        in_place: bool = False,
-    ) -> None:
-        super().__init__(hidden_size, eps, offset, casting_mode, init_fn, True)
+    """(norm(x + r), x + r) as `liger_core.add_rms_norm`; arguments as of `LigerRMSNorm`."""
 
     def forward(self, hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         return add_rms_norm(

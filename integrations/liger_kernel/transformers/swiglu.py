@@ -1,14 +1,26 @@
 """The gated MLPs with silu, under upstream's names and with transformers' parameter names.
 
-The gate and the up projection are used up by backward; see `inplace` of `liger_core.glu`.
+Backward uses up the gate and the up projection, `inplace` of `liger_core.glu`, where nobody else
+can have seen them.
 """
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 from liger_core import glu, glu_packed, tiled
 from liger_core.ops.glu import Activation
+
+
+def unseen(*linears: nn.Module) -> bool:
+    """Whether nobody but the caller sees what these return: plain linears without hooks. Autograd's
+    own check of versions is off under the saved-tensor hooks of checkpointing.
+    """
+    return not (torch.compiler.is_compiling() or nn_module._global_forward_hooks) and all(
+        type(m) is nn.Linear and not m._forward_hooks and "forward" not in vars(m) for m in linears
+    )
 
 
 class MLP(nn.Module):
@@ -49,7 +61,8 @@ class GatedMLP(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         g, u = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(glu(g, u, self.act, inplace=True))
+        inplace = unseen(self.gate_proj, self.up_proj)
+        return self.down_proj(glu(g, u, self.act, inplace=inplace))
 
 
 class TiledMLP(GatedMLP):
@@ -92,4 +105,4 @@ class LigerPhi3SwiGLUMLP(MLP):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         gu = self.gate_up_proj(hidden_states)
-        return self.down_proj(glu_packed(gu, self.act, inplace=True))
+        return self.down_proj(glu_packed(gu, self.act, inplace=unseen(self.gate_up_proj)))
