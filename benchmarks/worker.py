@@ -28,6 +28,7 @@ import torch
 from benchmarks.cases import CASES, Case
 from benchmarks.providers import PROVIDERS, Compute, Provider
 
+MOST_CALLS = 40  # of some 25 launches each: as many as wait for a device before the host does
 ROOT = Path(__file__).parents[1]
 
 
@@ -100,7 +101,7 @@ class Clock:
     def sustained_ms(self, fn: Callable[[], object], total_ms: float, calls: int = 1) -> float:
         """Milliseconds a call, over about `total_ms` and at least `calls`, after a warm-up."""
         fn()
-        calls = max(math.ceil(total_ms / max(self.ms(fn, 1), 1e-3)), calls)
+        calls = max(min(math.ceil(total_ms / max(self.ms(fn, 1), 1e-3)), MOST_CALLS), calls)
         return self.ms(fn, calls, 1.5 * self.host_us(fn))
 
 

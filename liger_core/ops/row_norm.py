@@ -320,7 +320,7 @@ def _fwd_torch(
     x: Tensor, r: Tensor | None, w: Tensor | None, b: Tensor | None, o: Norm
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     s = x if r is None else x + r
-    y = s.to(accumulate_dtype(x.dtype))
+    y = rounded(s, accumulate_dtype(x.dtype))
     mean = y.mean(-1, keepdim=True) if o.center else y.new_empty(0)
     y = y - mean if o.center else y
     rstd = torch.rsqrt(y.square().mean(-1, keepdim=True) + o.eps)

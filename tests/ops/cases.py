@@ -25,6 +25,7 @@ from liger_core import (
     linear_token_stats,
     rms_norm,
     rope,
+    tiled,
 )
 from liger_core.dispatch import accumulate_dtype
 from liger_core.ops.glu import glu_ref
@@ -149,6 +150,26 @@ def _glus() -> list[Case]:
             ]
     fused = partial(halves, op=glu), partial(halves, op=glu_ref), _randn(gu=(3, 2, 34))
     return [*cases, Case("glu-gate_up", *fused)]
+
+
+def mlp(x: Tensor, w1: Tensor, w2: Tensor, b: Tensor) -> Tensor:
+    g, u = F.linear(x, w1).chunk(2, -1)
+    return F.linear(F.silu(g) * u, w2, b)
+
+
+def mlp_in_tiles(
+    x: Tensor, w1: Tensor, w2: Tensor, b: Tensor, tiles: int | None = None, impl: str = "auto"
+) -> Tensor:
+    return tiled(lambda t: mlp(t, w1, w2, b), x, (w1, w2, b), tiles=tiles)
+
+
+def _tiles() -> list[Case]:
+    T, H, N = 11, 8, 12
+    make = _soft(x=(2, T, H), w1=(2 * N, H), w2=(H + 1, N), b=(H + 1,))
+    return [
+        Case(f"tiled-{tiles}", partial(mlp_in_tiles, tiles=tiles), mlp, make)
+        for tiles in (3, None, 1, 5, 99)
+    ]
 
 
 OPTIONS = {
@@ -463,8 +484,8 @@ def _frozen() -> list[Case]:
 
 
 CASES = [
-    *_norms(), *_ropes(), *_glus(), *_cross_entropies(), *_classes(), *_linears(), *_weighted(),
-    *_logprobs(), *_losses(), *_frozen(),
+    *_norms(), *_ropes(), *_glus(), *_tiles(), *_cross_entropies(), *_classes(), *_linears(),
+    *_weighted(), *_logprobs(), *_losses(), *_frozen(),
 ]  # fmt: skip
 
 # One of each op, small, for tests of what every op promises whatever its options.
@@ -473,7 +494,7 @@ BRIEF = [
     for name in (
         "rms_norm-llama-7", "rms_norm-gemma-7", "add_rms_norm-llama-7", "layer_norm-7",
         "rope-2x4", "rope-2x3+1x3x16", "rope-2x5+2x3x12", "glu-silu-5", "glu_packed-silu-5",
-        "cross_entropy-plain-5x37-mean", "cross_entropy-softcap-5x37-none",
+        "tiled-3", "cross_entropy-plain-5x37-mean", "cross_entropy-softcap-5x37-none",
         "cross_entropy-class+smoothing+z_loss-mean", "linear_cross_entropy-plain-sum",
         "linear_cross_entropy-plain-none", "linear_logprob", "linear_token_stats",
         "linear_loss-pair",

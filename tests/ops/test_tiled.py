@@ -8,34 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cases import CASES, mlp, mlp_in_tiles
 from liger_core import glu, tiled
 from numerics import DEVICE, assert_no_worse_than_torch
 
-B, T, H, N = 2, 11, 8, 12
-TILES = [None, 1, 3, 5, 99]
-
-
-def mlp(x: Tensor, w1: Tensor, w2: Tensor, b: Tensor) -> Tensor:
-    g, u = F.linear(x, w1).chunk(2, -1)
-    return F.linear(F.silu(g) * u, w2, b)
-
-
-def inputs() -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    shapes = {"x": (B, T, H), "w1": (2 * N, H), "w2": (H + 1, N), "b": (H + 1,)}
-    return {n: torch.randn(s, device=DEVICE) / 2 for n, s in shapes.items()}
-
-
-def in_tiles(x: Tensor, w1: Tensor, w2: Tensor, b: Tensor, tiles: int | None = None) -> Tensor:
-    return tiled(lambda t: mlp(t, w1, w2, b), x, (w1, w2, b), tiles=tiles)
-
-
-@pytest.mark.parametrize("tiles", TILES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_no_worse_than_torch(dtype: torch.dtype, tiles: int | None) -> None:
-    assert_no_worse_than_torch(
-        lambda **t: in_tiles(**t, tiles=tiles), lambda **t: mlp(**t), inputs(), dtype
-    )
+T, H = 11, 8
+inputs = next(case.make for case in CASES if case.name == "tiled-3")
 
 
 def test_many_tiles_do_not_wear_gradients_out() -> None:
@@ -47,34 +25,6 @@ def test_many_tiles_do_not_wear_gradients_out() -> None:
         {"x": x, "w": w},
         torch.bfloat16,
     )
-
-
-@pytest.mark.parametrize("tiles", [1, 4])
-@pytest.mark.parametrize("frozen", ["x", "w1", "b", "x b", "w1 w2 b"])
-def test_what_is_frozen_gets_no_gradient(frozen: str, tiles: int) -> None:
-    given = inputs()
-    leaves = {n: t.requires_grad_(n not in frozen.split()) for n, t in given.items()}
-    in_tiles(**leaves, tiles=tiles).square().sum().backward()
-    got = {n: t.grad for n, t in leaves.items()}
-    for t in leaves.values():
-        t.grad = None
-    mlp(**leaves).square().sum().backward()
-    for n, t in leaves.items():
-        torch.testing.assert_close(got[n], t.grad)
-
-
-def test_a_second_backward_gives_the_same_and_nothing_is_written_to() -> None:
-    leaves = {n: t.requires_grad_() for n, t in inputs().items()}
-    y = in_tiles(**leaves, tiles=3)
-    dy = torch.randn_like(y)
-    everything = [*leaves.values(), y, dy]
-    before = [t.detach().clone() for t in everything]
-    first = torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True)
-    kept = [t.clone() for t in first]
-    second = torch.autograd.grad(y, list(leaves.values()), dy)
-    for a, b, c in zip(kept, first, second, strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c)
-    assert all(torch.equal(t, b) for t, b in zip(everything, before, strict=True))
 
 
 def test_a_gradient_that_is_part_of_dy_is_not_added_to() -> None:
@@ -91,7 +41,7 @@ def test_a_parameter_gets_its_gradient_once() -> None:
     calls: list[str] = []
     for n, t in leaves.items():
         t.register_post_accumulate_grad_hook(lambda _, n=n: calls.append(n))
-    in_tiles(**leaves, tiles=4).sum().backward()
+    mlp_in_tiles(**leaves, tiles=4).sum().backward()
     assert sorted(calls) == sorted(leaves)
 
 
@@ -100,7 +50,7 @@ def test_only_x_is_kept() -> None:
     leaves = {n: t.requires_grad_() for n, t in inputs().items()}
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        in_tiles(**leaves, tiles=3)
+        mlp_in_tiles(**leaves, tiles=3)
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in leaves.values()}
 
 
@@ -133,7 +83,7 @@ def test_autocast_is_that_of_forward(backward_too: bool) -> None:
 
 def test_autocast_of_backward_is_not_fns() -> None:
     leaves = {n: t.requires_grad_() for n, t in inputs().items()}
-    wanted, loss = list(leaves.values()), in_tiles(**leaves).square().sum()
+    wanted, loss = list(leaves.values()), mlp_in_tiles(**leaves).square().sum()
     want = torch.autograd.grad(loss, wanted, retain_graph=True)
     with torch.autocast(DEVICE, torch.bfloat16):
         got = torch.autograd.grad(loss, wanted)
@@ -206,7 +156,7 @@ def test_layouts_and_empty_batches() -> None:
     x, rest = given.pop("x"), given
     for strange in (x.transpose(0, 1), x[:, ::2], x[:1].expand(3, T, H), x[0], x[None], x[:0]):
         strange = strange.detach().requires_grad_()
-        y, want = in_tiles(strange, **rest, tiles=3), mlp(strange, **rest)
+        y, want = mlp_in_tiles(strange, **rest, tiles=3), mlp(strange, **rest)
         torch.testing.assert_close(y, want)
         flat = y.new_tensor(0.5).expand(y.shape)
         torch.testing.assert_close(
@@ -232,19 +182,3 @@ def test_arguments_are_checked() -> None:
         tiled(torch.relu, x, [], tiles=0)
     with pytest.raises(ValueError, match="a row for each token; 2 gave"):
         tiled(lambda t: t[:1], x, [], tiles=2)
-
-
-@pytest.mark.parametrize("tiles", [None, 3])
-def test_compiles_whole(tiles: int | None) -> None:
-    torch._dynamo.reset()
-    leaves = {n: t.requires_grad_() for n, t in inputs().items()}
-    compiled = torch.compile(
-        lambda **t: in_tiles(**t, tiles=tiles), fullgraph=True, backend="aot_eager"
-    )
-    y, want = compiled(**leaves), mlp(**leaves)
-    torch.testing.assert_close(y, want)
-    dy = torch.randn_like(y)
-    torch.testing.assert_close(
-        torch.autograd.grad(y, list(leaves.values()), dy),
-        torch.autograd.grad(want, list(leaves.values()), dy),
-    )
