@@ -98,11 +98,13 @@ class Clock:
         self.wait()
         return us
 
-    def sustained_ms(self, fn: Callable[[], object], total_ms: float, calls: int = 1) -> float:
-        """Milliseconds a call, over about `total_ms` and at least `calls`, after a warm-up."""
+    def sustained_ms(
+        self, fn: Callable[[], object], total_ms: float, calls: int = 1, most: int = 1000
+    ) -> float:
+        """Milliseconds a call, over about `total_ms` and `calls` to `most` calls, after a warm-up."""
         fn()
-        calls = max(min(math.ceil(total_ms / max(self.ms(fn, 1), 1e-3)), MOST_CALLS), calls)
-        return self.ms(fn, calls, 1.5 * self.host_us(fn))
+        calls = max(math.ceil(total_ms / max(self.ms(fn, 1), 1e-3)), calls)
+        return self.ms(fn, min(calls, most), 1.5 * self.host_us(fn))
 
 
 def matmul_rate(clock: Clock, gemm: tuple[int, int, int], device: str, ms: float) -> float:
@@ -211,8 +213,8 @@ class Worker:
         median of five calls, of steps longer than `round_ms` one.
         """
         assert self.case is not None
-        ms = self.clock.sustained_ms(self.step, round_ms, calls)
-        forward_ms = self.clock.sustained_ms(self.forward, round_ms, calls)
+        ms = self.clock.sustained_ms(self.step, round_ms, calls, MOST_CALLS)
+        forward_ms = self.clock.sustained_ms(self.forward, round_ms, calls, MOST_CALLS)
         single = [self.clock.host_us(self.step) for _ in range(5 if ms < round_ms else 1)]
         self.release()
         gemm = self.case.shape.floor.gemm
