@@ -101,7 +101,7 @@ class Clock:
     def sustained_ms(
         self, fn: Callable[[], object], total_ms: float, calls: int = 1, most: int = 1000
     ) -> float:
-        """Milliseconds a call, over about `total_ms` and `calls` to `most` calls, after a warm-up."""
+        """Milliseconds a call, of `calls` to `most` calls in about `total_ms`, after a warm-up."""
         fn()
         calls = max(math.ceil(total_ms / max(self.ms(fn, 1), 1e-3)), calls)
         return self.ms(fn, min(calls, most), 1.5 * self.host_us(fn))

@@ -106,7 +106,8 @@ class _CrossEntropy(torch.autograd.Function):
         if dz is None or not plan.early:
             dz = z.new_empty(z.shape) if dz is None else dz
             g = share if plan.early else dloss if share is None else dloss * share
-            _walk(plan, c, z, y, None if g is None else g.expand(y.shape), dz, lse)
+            g = None if g is None else g.expand(y.shape)
+            _walk(plan, c, z, y, g, dz, None if plan.early else lse)  # as in forward, bit by bit
         if plan.early:
             scaled(dz.view(y.shape[0], z.shape[-1]), dloss, dz, True, plan.kernels)
         if plan.inplace:

@@ -109,7 +109,7 @@ def test_upstream_gradients_with_strange_strides(case: Case, impl: str) -> None:
     for dys in (flat, rows):
         got = grads_of(case, inputs, impl, dys)
         want = grads_of(case, inputs, impl, [dy.contiguous() for dy in dys])
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        torch.testing.assert_close(got, want)  # torch sums in another order
 
 
 @both
