@@ -31,7 +31,7 @@ test-gpu: ## the kernels' tests on this machine's GPU, with PYTHON
 test-slow: $(VENV)/.ready ## the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-bench: ## time the losses and what peers are named in BENCH_OPTIONS on this machine, with PYTHON
+bench: ## time kernels, losses and what peers are named in BENCH_OPTIONS on this machine, with PYTHON
 	$(PYTHON) -m benchmarks.run $(BENCH_OPTIONS)
 
 lint: $(VENV)/.ready ## ruff and pyright
