@@ -10,6 +10,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must precede the first import of a kernel module
 
 
+@pytest.fixture(scope="session", autouse=True)
+def context_of_autograds_thread() -> None:
+    """torch warns, once a process, where a product is the first thing that this thread runs."""
+    if torch.cuda.is_available():
+        torch.ones(1, device="cuda", requires_grad=True).exp().backward()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
