@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.shapes import Glu, Head, Logits, Norm, Rope, Shape
+from benchmarks.shapes import Glu, Head, Logits, Mlp, Norm, Rope, Shape
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ CASES: list[Case] = [
     _kernel("cross_entropy", "8192x128256", Logits(8192, 128256)),
     _kernel("cross_entropy", "8192x151936", Logits(8192, 151936)),
     _kernel("cross_entropy", "8192x32000", Logits(8192, 32000)),
+    Case("mlp_in_tiles-65536x4096x14336", "mlp", "mlp_in_tiles", Mlp(65536, 4096, 14336)),
     # A model of 135M parameters at 1 x 512 tokens: what a launch costs the host.
     _kernel("rms_norm", "512x576", Norm((512,), 576), group="launch"),
     _kernel("swiglu", "512x1536", Glu(512, 1536), group="launch"),

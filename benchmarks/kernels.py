@@ -57,6 +57,10 @@ def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z.float(), y)
 
 
+def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(swiglu(F.linear(x, gate), F.linear(x, up)), down)
+
+
 EAGER: dict[str, Op] = {
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
@@ -66,6 +70,7 @@ EAGER: dict[str, Op] = {
     "geglu": geglu,
     "rope": rope,
     "cross_entropy": cross_entropy,
+    "mlp_in_tiles": mlp,
 }
 
 
@@ -127,6 +132,15 @@ class Alias(torch.autograd.Function):
 def ours(op: str) -> Op | None:
     """This repository."""
     core = importlib.import_module("liger_core")
+
+    def mlp_in_tiles(x: Tensor, *weights: Tensor) -> Tensor:
+        gate, up, down = weights
+
+        def one(t: Tensor) -> Tensor:
+            return F.linear(core.glu(F.linear(t, gate), F.linear(t, up), inplace=True), down)
+
+        return core.tiled(one, x, weights)
+
     ops: dict[str, Op] = {
         "rms_norm": lambda x, w: core.rms_norm(x, w, EPS),
         "add_rms_norm": lambda x, r, w: core.add_rms_norm(x, r, w, EPS),
@@ -139,5 +153,6 @@ def ours(op: str) -> Op | None:
         "geglu": lambda g, u: core.glu(g, u, "gelu_tanh"),
         "rope": core.rope,
         "cross_entropy": core.cross_entropy,
+        "mlp_in_tiles": mlp_in_tiles,
     }
     return ops.get(op)

@@ -128,7 +128,8 @@ class KernelInputs(NamedTuple):
 
 
 class Kernel:
-    """A memory-bound op on bf16 tensors; all floating arguments but angles have gradients.
+    """An op on bf16 tensors, memory-bound but for `Mlp`. All floating arguments but angles have
+    gradients.
 
     Bytes: the large tensors, each read or written once; weights, statistics, angles and labels do
     not count. Operations an element: + - * / max and every elementary function count as one.
@@ -275,4 +276,37 @@ class Logits(Kernel):
         return KernelInputs({"z": z, "y": torch.randint(self.vocab, (self.rows,), device=device)})
 
 
-Shape = Head | Norm | Glu | Rope | Logits
+@dataclass(frozen=True)
+class Mlp(Kernel):
+    """down(silu(gate(x)) * up(x)), an MLP of a long context: what it keeps of every token matters.
+
+    Operations: its nine products of 2 M H N, three of them forward's; what is computed again is the
+    provider's own affair. Bytes: x and dy read, y and dx written, weights and their gradients.
+    """
+
+    rows: int
+    hidden: int
+    width: int
+    outputs: ClassVar = ("y",)
+
+    @property
+    def floor(self) -> Floor:
+        product = 2 * self.rows * self.hidden * self.width
+        elements = 4 * self.rows * self.hidden + 6 * self.hidden * self.width
+        gemm = min(self.rows, 8192), self.hidden, self.width
+        return Floor("flops", 9 * product, 2 * elements, 3 * product, gemm)
+
+    def tiny(self) -> "Mlp":
+        return dataclasses.replace(self, rows=min(self.rows, 64), hidden=32, width=112)
+
+    def inputs(self, device: str) -> KernelInputs:
+        torch.manual_seed(0)
+        H, N = self.hidden, self.width
+        args = {"x": random(device, 1, self.rows, H)}
+        for name, out, into in (("gate", N, H), ("up", N, H), ("down", H, N)):
+            args[name] = random(device, out, into, scale=into**-0.5)
+        args = {name: t.requires_grad_() for name, t in args.items()}
+        return KernelInputs(args, (random(device, 1, self.rows, H),))
+
+
+Shape = Head | Norm | Glu | Rope | Logits | Mlp
