@@ -1,4 +1,4 @@
-"""How each provider computes a memory-bound op: functions of its tensors, by the op's name.
+"""How each provider computes a kernel's op: functions of its tensors, by the op's name.
 
 `eager(op)`, `liger(op)`, ... give the function, or None where the provider has none. Packages are
 imported only then, see `providers.py`.

@@ -8,7 +8,9 @@ time, also while it compiles and tunes. Case by case all of them prepare, then t
 round each and every time another one first, so that all meet the same temperatures and clocks.
 Every round measures the machine's ceilings in the same process right after the calls: a share of
 the floor is a round's floor / time, its median is reported. Forward alone builds its graph and
-drops it; backward is what both take beyond that. Without a GPU, or with `--smoke`, the shapes are
+drops it; backward is what both take beyond that. Times are the device's own: it waits until the
+host has the calls ready, whose own time is told apart (before commit cdcdce8: calls back to back,
+by whichever was slower). Without a GPU, or with `--smoke`, the shapes are
 tiny, and only the logic is tested.
 """
 

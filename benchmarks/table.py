@@ -15,7 +15,7 @@ from typing import Any
 
 Report = dict[str, Any]
 LEGEND = (
-    "Share of the floor, ms of the device, for kernels also forward + backward and the floor's "
+    "Share of the floor, ms, for kernels also forward + backward and the floor's "
     "GB/s, extra MiB at the peak, host us a call. "
     "≠: a value or a gradient's norm is off by over 2 %. –: not offered."
 )

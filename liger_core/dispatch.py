@@ -46,8 +46,11 @@ def use_triton(impl: Impl, x: Tensor, *others: Tensor | None) -> bool:
     insists; on a CPU that needs TRITON_INTERPRET=1 before the first import.
 
     Raises:
-        ValueError: tensors on different devices, an unknown `impl`, or "triton" where it cannot be.
+        ValueError: x is not floating, tensors on different devices, an unknown `impl`, or "triton"
+            where it cannot be.
     """
+    if not x.is_floating_point():
+        raise ValueError(f"expected a tensor of floating numbers, got {x.dtype}; use .float()")
     device, fits = x.device, x.dtype in TRITON_DTYPES
     for t in others:
         if t is None:

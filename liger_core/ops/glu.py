@@ -82,8 +82,9 @@ def _glu_bwd_kernel(
     PACKED: tl.constexpr, ACT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # Grid (M, N / BLOCK_N).  dg, du: like g, u, both of row stride stride_dm; they may be g, u
-    # themselves, since each element is read and written by one thread.  PACKED: du is in dg, which
-    # is given once, because Inductor takes two names of one tensor for two that are written to.
+    # themselves: an element is written after it was read, by the thread that read it or behind a
+    # barrier.  PACKED: du is in dg, which is given once, because Inductor takes two names of one
+    # tensor for two that are written to.
     if PACKED:
         du_ptr = dg_ptr
     row = tl.program_id(0).to(tl.int64)

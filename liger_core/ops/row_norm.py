@@ -375,6 +375,8 @@ def row_norm(
     x: Tensor, r: Tensor | None, w: Tensor | None, b: Tensor | None, o: Norm, impl: Impl
 ) -> Any:
     """y, and s where there is a residual, which agrees with x. Checks w, b, devices and `impl`."""
+    if x.dim() == 0:
+        raise ValueError("x must be (..., N), got a tensor without dimensions")
     for name, t in (("w", w), ("b", b)):
         if t is not None and t.shape != x.shape[-1:]:
             raise ValueError(

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 import liger_kernel.transformers.patch as patching
 from liger_core import rope
 from liger_kernel import LigerConfig
-from liger_kernel.transformers import apply, patch_of
+from liger_kernel.transformers import apply, patch_of, swiglu
 from tiny import V, assert_same, batch, build, step
 
 KINDS = {"LlamaAttention", "LlamaMLP", "LlamaRMSNorm", "Linear"}
@@ -53,7 +53,7 @@ def test_each_part_is_replaced_alone_and_is_called(part: str, monkeypatch: Any) 
         raise ZeroDivisionError
 
     monkeypatch.setattr(patching, "rms_norm", broken)
-    monkeypatch.setattr(patching, "glu", broken)
+    monkeypatch.setattr(swiglu, "glu", broken)
     monkeypatch.setattr("liger_kernel.transformers.rope.rope", broken)
     monkeypatch.setattr("liger_kernel.transformers.head.linear_cross_entropy", broken)
     with pytest.raises(ZeroDivisionError):
@@ -72,8 +72,8 @@ def test_a_wrong_replacement_shows(name: str, monkeypatch: Any) -> None:
             patching, "rms_norm", lambda x, w, eps, **kw: right(x, w, eps * 1.01, **kw)
         )
     elif name == "activation":
-        right = patching.glu
-        monkeypatch.setattr(patching, "glu", lambda g, u, act, **kw: right(g, u, "gelu_tanh", **kw))
+        right = swiglu.glu
+        monkeypatch.setattr(swiglu, "glu", lambda g, u, act, **kw: right(g, u, "gelu_tanh", **kw))
     elif name == "rope sign":
         monkeypatch.setattr(rotary, lambda q, k, c, s, **kw: rope(q, k, c, -s))
     elif name == "rope of q":

@@ -32,12 +32,24 @@ from liger_core.ops.glu import glu_ref
 from liger_core.ops.layer_norm import layer_norm_ref
 from liger_core.ops.linear_logprob import TokenStats, linear_logprob_ref
 from liger_core.ops.linear_loss import LossFn
+from liger_core.ops.reduction import CrossEntropyStats
 from liger_core.ops.rms_norm import rms_norm_ref
 from liger_core.ops.rope import rope_ref
 from liger_core.ops.row_loss import RowLoss, row_loss_ref
 from numerics import DEVICE, Op
 
 Make = Callable[[], dict[str, Tensor]]
+
+
+def assert_stats(got: CrossEntropyStats, z: Tensor, y: Tensor, z_loss: Tensor) -> None:
+    """What is told beside a loss of logits z and labels y, some of which are hit."""
+    scored = y != -100
+    hits = (z.argmax(-1) == y)[scored].float()
+    assert 0 < hits.mean() < 1
+    torch.testing.assert_close(got.z_loss, z_loss.detach())
+    torch.testing.assert_close(got.token_accuracy, hits.mean())
+    assert torch.equal(got.predicted, z.argmax(-1).masked_fill(~scored, -1))
+    assert [t.requires_grad for t in got] == [True, False, False, False]
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,23 @@ def test_empty_batches(name: str, impl: str) -> None:
         assert grad.shape == t.shape and not grad.any()
 
 
+@both
+@brief
+def test_integers_are_refused(case: Case, impl: str) -> None:
+    if case.name.startswith("tiled"):
+        pytest.skip("what fn takes is its own affair")
+    with pytest.raises(ValueError, match=r"floating numbers, got torch\.int64"):
+        case.op(**{n: t.long() for n, t in case.make().items()}, impl=impl)
+
+
+@both
+@pytest.mark.parametrize("op", [liger_core.rms_norm, liger_core.layer_norm, liger_core.glu])
+def test_a_tensor_without_dimensions_is_refused(op, impl: str) -> None:
+    x = torch.ones((), device=DEVICE)
+    with pytest.raises(ValueError, match="must be"):
+        op(x, impl=impl) if op is not liger_core.glu else op(x, x, impl=impl)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", BRIEF, ids=repr)
 def test_backward_is_deterministic(case: Case) -> None:

@@ -15,14 +15,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from liger_core import glu, rms_norm
+from liger_core import rms_norm
 from liger_core.dispatch import Impl, use_triton
 from liger_core.ops.glu import Activation
 from liger_kernel.config import LigerConfig, disabled
 from liger_kernel.transformers import head
 from liger_kernel.transformers.recipes import RECIPES, Norm, Recipe
 from liger_kernel.transformers.rope import liger_rotary_pos_emb
-from liger_kernel.transformers.swiglu import unseen
+from liger_kernel.transformers.swiglu import gated
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -114,12 +114,6 @@ def _norm(module: nn.Module, spec: Norm, impl: Impl, hidden_states: Tensor) -> T
     return rms_norm(hidden_states, weight, eps, offset=spec.offset, casting=spec.casting, impl=impl)
 
 
-def _glu(module: Any, act: Activation, impl: Impl, inplace: bool, x: Tensor) -> Tensor:
-    g, u = module.gate_proj(x), module.up_proj(x)
-    inplace = inplace and unseen(module.gate_proj, module.up_proj)
-    return module.down_proj(glu(g, u, act, inplace=inplace, impl=impl))
-
-
 def _attention(module: nn.Module, impl: Impl, *args: Any, **kwargs: Any) -> Any:
     if (key := (type(module), impl)) not in _WITH_ROTARY:  # a model that was unpickled
         _rebind(*key)
@@ -163,7 +157,7 @@ def _layers(patch: Patch, recipe: Recipe) -> None:
         if cls == recipe.norm.cls and config.norm:
             new, op = partial(_norm, module, recipe.norm, impl), "rms_norm"
         elif cls == recipe.glu.cls and config.mlp and act:
-            new, op = partial(_glu, module, act, impl, config.mlp_inplace), f"glu[{act}]"
+            new, op = partial(gated, module, act, impl, config.mlp_inplace), f"glu[{act}]"
         elif cls == recipe.attention and config.rope and _calls_rotary(type(module)):
             _rebind(type(module), impl)
             new, op = partial(_attention, module, impl), "rope"

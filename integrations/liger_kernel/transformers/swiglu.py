@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from liger_core import glu, glu_packed, tiled
+from liger_core.dispatch import Impl
 from liger_core.ops.glu import Activation
 
 
@@ -21,6 +22,16 @@ def unseen(*linears: nn.Module) -> bool:
     return not (torch.compiler.is_compiling() or nn_module._global_forward_hooks) and all(
         type(m) is nn.Linear and not m._forward_hooks and "forward" not in vars(m) for m in linears
     )
+
+
+def gated(module: Any, act: Activation, impl: Impl, inplace: bool, x: Tensor) -> Tensor:
+    """down_proj(act(gate_proj(x)) * up_proj(x)) of a module with these projections.
+
+    inplace: let backward use up the first two's outputs where they are `unseen`.
+    """
+    g, u = module.gate_proj(x), module.up_proj(x)
+    inplace = inplace and unseen(module.gate_proj, module.up_proj)
+    return module.down_proj(glu(g, u, act, inplace=inplace, impl=impl))
 
 
 class MLP(nn.Module):
@@ -60,9 +71,7 @@ class GatedMLP(MLP):
         self.down_proj = nn.Linear(self.intermediate_size, self.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        g, u = self.gate_proj(x), self.up_proj(x)
-        inplace = unseen(self.gate_proj, self.up_proj)
-        return self.down_proj(glu(g, u, self.act, inplace=inplace))
+        return gated(self, self.act, "auto", True, x)
 
 
 class TiledMLP(GatedMLP):
