@@ -33,7 +33,7 @@ def test_the_environment_wins(monkeypatch: Any) -> None:
 @pytest.mark.parametrize(
     "value, match",
     [
-        (dict(rmsnorm=True), "'rmsnorm' is not a liger_config option; known: rope, norm, mlp"),
+        (dict(rmsnorm=True), "'rmsnorm' is not a liger_config option; known: rope, norm, layer"),
         (dict(swiglu=True, mlp=False), "says both mlp=.* and (mlp|swiglu)=False"),
         (dict(rope="yes"), "rope must be true or false, got 'yes'"),
         (dict(memory_budget=0), "memory_budget must be a positive number of bytes, got 0"),

@@ -25,6 +25,7 @@ class LigerConfig:
     Attributes:
         rope: rotary position embedding of queries and keys.
         norm: RMSNorm layers.
+        layer_norm: LayerNorm layers of vision towers.
         mlp: the gated product of SwiGLU and GEGLU layers.
         mlp_inplace: let its backward use up what it was computed from, which nobody else has seen;
             False to go backward twice through one forward (`retain_graph=True`).
@@ -36,10 +37,12 @@ class LigerConfig:
             "bfloat16"; None for the weight's own where that is as exact as torch, else fp32.
         impl: "auto" (Triton on GPUs), "triton" or "torch".
         strict: raise where something asked for cannot be replaced, rather than report it.
+        generic: of a model family without a recipe, fuse the head alone, rather than raise.
     """
 
     rope: bool = True
     norm: bool = True
+    layer_norm: bool = True
     mlp: bool = True
     mlp_inplace: bool = True
     fused_head: bool = True
@@ -48,9 +51,10 @@ class LigerConfig:
     accum_dtype: AccumDtype | None = None
     impl: Impl = "auto"
     strict: bool = False
+    generic: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("rope", "norm", "mlp", "mlp_inplace", "fused_head", "cross_entropy", "strict"):
+        for name in FLAGS:
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {value!r}")
         budget = self.memory_budget
@@ -92,6 +96,7 @@ class LigerConfig:
 
 
 NAMES = tuple(f.name for f in fields(LigerConfig))
+FLAGS = tuple(f.name for f in fields(LigerConfig) if isinstance(f.default, bool))
 
 
 def _named(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,14 +10,12 @@ import pytest
 import torch
 import torch._dynamo.testing
 import transformers.models.llama.modeling_llama as modeling
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-import liger_kernel.transformers.patch as patching
 from liger_core import rope
 from liger_kernel import LigerConfig
-from liger_kernel.transformers import apply, patch_of, swiglu
+from liger_kernel.transformers import apply, layers, patch_of, swiglu
 from tiny import V, assert_same, batch, build, step
 
 KINDS = {"LlamaAttention", "LlamaMLP", "LlamaRMSNorm", "Linear"}
@@ -52,7 +50,7 @@ def test_each_part_is_replaced_alone_and_is_called(part: str, monkeypatch: Any) 
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(patching, "rms_norm", broken)
+    monkeypatch.setattr(layers, "rms_norm", broken)
     monkeypatch.setattr(swiglu, "glu", broken)
     monkeypatch.setattr("liger_kernel.transformers.rope.rope", broken)
     monkeypatch.setattr("liger_kernel.transformers.head.linear_cross_entropy", broken)
@@ -67,9 +65,9 @@ def test_a_wrong_replacement_shows(name: str, monkeypatch: Any) -> None:
     want = step(model)
     rotary = "liger_kernel.transformers.rope.rope"
     if name == "norm eps":
-        right = patching.rms_norm
+        right = layers.rms_norm
         monkeypatch.setattr(
-            patching, "rms_norm", lambda x, w, eps, **kw: right(x, w, eps * 1.01, **kw)
+            layers, "rms_norm", lambda x, w, eps, **kw: right(x, w, eps * 1.01, **kw)
         )
     elif name == "activation":
         right = swiglu.glu
@@ -153,14 +151,16 @@ def test_an_unknown_activation_is_left_and_said(monkeypatch: Any) -> None:
     model = build(hidden_act="relu")
     want = step(model)
     patch = apply(model)
-    assert "relu" in patch.left["mlp"]
+    assert "activation is ReLU" in patch.left["mlp"]
     assert_same(step(model), want)
 
 
 def test_a_model_type_without_a_recipe() -> None:
     model = build()
     model.config.model_type = "mamba"
-    with pytest.raises(ValueError, match=r"no recipe for model type 'mamba' .*known: llama"):
+    with pytest.raises(
+        ValueError, match=r"no recipe for model type 'mamba' .*known: gemma, .*generic=True"
+    ):
         apply(model)
     with pytest.raises(ValueError, match="no recipe for model type None"):
         apply(nn.Linear(2, 2))
@@ -176,7 +176,7 @@ def test_a_recipe_that_matches_nothing_is_an_error() -> None:
 
 def test_a_forward_that_is_replaced_already_is_refused_whole() -> None:
     model = build()
-    model.model.norm.forward = model.model.norm.forward
+    model.model.norm.forward = lambda x: x
     before = state(model)
     with pytest.raises(RuntimeError, match=r"model.norm \(LlamaRMSNorm\) has had its forward"):
         apply(model)
@@ -259,34 +259,6 @@ def test_save_and_load(tmp_path: Any) -> None:
     assert_same(step(again), step(build()), width=V)
 
 
-@pytest.mark.parametrize("saved", [None, ["lm_head"]])
-@pytest.mark.parametrize("first", ["peft", "patch"])
-def test_peft(saved: list[str] | None, first: str) -> None:
-    def wrap(model: nn.Module) -> Any:
-        torch.manual_seed(1)
-        config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, r=4,
-                            modules_to_save=saved, task_type="CAUSAL_LM")  # fmt: skip
-        return get_peft_model(model, config).train()  # pyright: ignore
-
-    want = step(wrap(build()))
-    model = build()
-    if first == "patch":
-        apply(model)
-    model = wrap(model)
-    apply(model)
-    assert patch_of(model) is not None
-    assert_same(step(model), want)
-
-
-def test_lora_on_the_head_is_left_to_the_model() -> None:
-    config = LoraConfig(target_modules=["lm_head"], init_lora_weights=False, r=4)
-    model = get_peft_model(build(), config).train()
-    want = step(model)
-    patch = apply(model)
-    assert "more than a matrix product" in patch.left["fused_head"]
-    assert_same(step(model), want, width=V)
-
-
 def test_a_patched_part_is_taken_over() -> None:
     model = build()
     want, before = step(model), state(model)
@@ -335,10 +307,8 @@ def test_accelerates_hooks_stay_in_place() -> None:
 def test_a_replica_of_data_parallel_is_refused() -> None:
     model = build()
     apply(model)
-    replica = model._replicate_for_data_parallel()
-    replica.lm_head = model.lm_head
     with pytest.raises(RuntimeError, match=r"nn.DataParallel.*torchrun"):
-        replica(input_ids=batch()[0], labels=batch()[1])
+        model._replicate_for_data_parallel()
 
 
 def test_another_attention_forward_is_followed(monkeypatch: Any) -> None:

@@ -17,7 +17,7 @@ TINY = dict(
 def build(auto: Any = AutoModelForCausalLM, **config: Any) -> Any:
     """The same random weights every time; attention that is exact to compare."""
     torch.manual_seed(0)
-    settings = AutoConfig.for_model("llama", **TINY | config)
+    settings = AutoConfig.for_model(config.pop("model_type", "llama"), **TINY | config)
     return auto.from_config(settings, dtype=torch.float32, attn_implementation="eager").train()
 
 

@@ -11,6 +11,7 @@ from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinea
 from liger_kernel.transformers.geglu import LigerGEGLUMLP, LigerTiledGEGLUMLP
 from liger_kernel.transformers.layer_norm import LigerLayerNorm
 from liger_kernel.transformers.patch import Patch, apply, patch_of
+from liger_kernel.transformers.recipes import FAMILIES
 from liger_kernel.transformers.rms_norm import LigerFusedAddRMSNorm, LigerRMSNorm
 from liger_kernel.transformers.rope import liger_rotary_pos_emb
 from liger_kernel.transformers.swiglu import (
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from liger_kernel.transformers.monkey_patch import (
         _apply_liger_kernel,
         _apply_liger_kernel_to_instance,
-        apply_liger_kernel_to_llama,
     )
     from liger_kernel.transformers.training_args import TrainingArguments
 
@@ -33,8 +33,7 @@ _LAZY = {
     "TrainingArguments": "training_args",
     "_apply_liger_kernel": "monkey_patch",
     "_apply_liger_kernel_to_instance": "monkey_patch",
-    "apply_liger_kernel_to_llama": "monkey_patch",
-}
+} | {f"apply_liger_kernel_to_{family}": "monkey_patch" for family in FAMILIES}
 
 __all__ = [
     "AutoLigerKernelForCausalLM",
@@ -53,10 +52,13 @@ __all__ = [
     "_apply_liger_kernel",
     "_apply_liger_kernel_to_instance",
     "apply",
-    "apply_liger_kernel_to_llama",
     "liger_rotary_pos_emb",
     "patch_of",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

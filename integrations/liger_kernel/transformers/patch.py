@@ -1,35 +1,20 @@
-"""Put liger_core's ops into one model instance, say what changed, and take it all back on request.
+"""Put liger_core's ops into one model instance, say what changed, and take it all back."""
 
-A replacement is a partial of a module-level function over the module it serves, never a closure:
-deepcopy then rebinds it to the copy (a DPO reference model is a deepcopy) and pickle can carry it.
-"""
-
-import sys
 import types
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from liger_core import rms_norm
-from liger_core.dispatch import Impl, use_triton
-from liger_core.ops.glu import Activation
+from liger_core.dispatch import use_triton
 from liger_kernel.config import LigerConfig, disabled
 from liger_kernel.transformers import head
-from liger_kernel.transformers.recipes import RECIPES, Norm, Recipe
-from liger_kernel.transformers.rope import liger_rotary_pos_emb
-from liger_kernel.transformers.swiglu import gated
-
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
+from liger_kernel.transformers.layers import replacement
+from liger_kernel.transformers.recipes import FIELDS, RECIPES, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +33,11 @@ class Patch:
 
     model: nn.Module
     config: LigerConfig
+    recipe: Recipe | None = None
     changes: list[Change] = field(default_factory=list[Change])
     left: dict[str, str] = field(default_factory=dict[str, str])
     _undo: list[Callable[[], object]] = field(default_factory=list[Callable[[], object]])
+    _forwards: dict[nn.Module, object] = field(default_factory=dict[nn.Module, object])
 
     def set(self, module: nn.Module, attr: str, value: object) -> None:
         """Shadow `module.attr` on this instance only."""
@@ -63,9 +50,35 @@ class Patch:
         self._undo.append(call)
 
     def replace(self, path: str, module: nn.Module, new: object, after: str) -> None:
-        """Put `new` in place of the module's forward."""
-        self.set(module, head.own_forward(module), new)
+        """Put `new` where the module's class's forward is, within what was put around it.
+
+        accelerate's hooks keep what they wrap as `_old_forward`; transformers' tensor parallelism
+        keeps it in a closure.
+
+        Raises:
+            RuntimeError: something else has taken the forward's place.
+        """
+        attr = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        there = vars(module).get(attr)
+        if there is None or _is_own(there, module) or _kernelized(module):
+            self.set(module, attr, new)
+            self._forwards[module] = new
+        elif (wrapper := _wrapper(there, module)) is not None:
+            self.undo(partial(_put_in, *wrapper, wrapper[0].__closure__[wrapper[1]].cell_contents))
+            _put_in(*wrapper, new)
+        else:
+            raise RuntimeError(
+                f"{path} ({type(module).__name__}) has had its forward replaced already, by "
+                f"{getattr(there, '__qualname__', type(there).__name__)}; undo that first, or turn "
+                f"this part off in liger_config"
+            )
         self.record(path, module, after)
+
+    def put_back(self) -> None:
+        """Undo what train() and eval() do to our forwards in a model with `use_kernels=True`."""
+        for module, new in self._forwards.items():
+            if _kernelized(module):
+                vars(module)["forward"] = new
 
     def record(self, path: str, module: nn.Module, after: str) -> None:
         """Note a replacement for the report."""
@@ -83,6 +96,7 @@ class Patch:
             self._undo.pop()()
         self.changes.clear()
         self.left.clear()
+        self._forwards.clear()
 
     def __enter__(self) -> "Patch":
         return self
@@ -108,81 +122,82 @@ def _restore(module: nn.Module, attr: str, had: bool, value: object) -> None:
         vars(module).pop(attr, None)
 
 
-def _norm(module: nn.Module, spec: Norm, impl: Impl, hidden_states: Tensor) -> Tensor:
-    eps = cast(float, getattr(module, spec.eps))
-    weight = cast(Tensor, module.weight)
-    return rms_norm(hidden_states, weight, eps, offset=spec.offset, casting=spec.casting, impl=impl)
+def _is_own(fn: object, module: nn.Module) -> bool:
+    """Whether fn is the bound forward of the module's class."""
+    own = type(module).forward
+    return getattr(fn, "__self__", None) is module and getattr(fn, "__func__", None) is own
 
 
-def _attention(module: nn.Module, impl: Impl, *args: Any, **kwargs: Any) -> Any:
-    if (key := (type(module), impl)) not in _WITH_ROTARY:  # a model that was unpickled
-        _rebind(*key)
-    return _WITH_ROTARY[key](module, *args, **kwargs)
+def _kernelized(module: nn.Module) -> bool:
+    """Whether the `kernels` package has bound a layer's forward to this module."""
+    there = vars(module).get("forward")
+    bound = isinstance(there, types.MethodType) and there.__self__ is module
+    return bound and hasattr(type(module), "kernel_layer_name")
 
 
-_WITH_ROTARY: dict[tuple[type, Impl], types.FunctionType] = {}  # torch.compile cannot trace a cache
+def _wrapper(fn: Any, module: nn.Module) -> tuple[Any, int] | None:
+    """The function, fn or one within it, in whose closure the class's forward is, and its cell."""
+    for i, cell in enumerate(getattr(fn, "__closure__", None) or ()):
+        if _is_own(cell.cell_contents, module):
+            return fn, i
+        if (found := _wrapper(cell.cell_contents, module)) is not None:
+            return found
+    return None
 
 
-def _rebind(cls: type, impl: Impl) -> None:
-    """Keep `cls.forward` over a copy of its globals in which apply_rotary_pos_emb is ours.
-
-    The copy is a module of its own: torch.compile looks globals up by the module's name.
-    """
-    fn = cast(types.FunctionType, cls.forward)  # pyright: ignore
-    there = _WITH_ROTARY.get((cls, impl))
-    if there is not None and there.__code__ is fn.__code__:
-        return
-    name = f"{fn.__module__}_liger_{cls.__name__}_{impl}"
-    copy = types.ModuleType(name)
-    vars(copy).update(fn.__globals__, __name__=name)
-    vars(copy)["apply_rotary_pos_emb"] = partial(liger_rotary_pos_emb, impl=impl)
-    sys.modules[name] = copy
-    own = types.FunctionType(fn.__code__, vars(copy), fn.__name__, fn.__defaults__, fn.__closure__)
-    own.__kwdefaults__ = fn.__kwdefaults__
-    _WITH_ROTARY[cls, impl] = own
+def _put_in(wrapper: Any, cell: int, value: object) -> None:
+    wrapper.__closure__[cell].cell_contents = value
 
 
-def _calls_rotary(cls: type) -> bool:
-    code = getattr(cls.forward, "__code__", None)  # pyright: ignore
-    return code is not None and "apply_rotary_pos_emb" in code.co_names
+def _train(
+    model: nn.Module, below: Callable[..., nn.Module] | None, mode: bool = True
+) -> nn.Module:
+    """Replaces the model's `train`, which `eval` calls too."""
+    out = type(model).train(model, mode) if below is None else below(mode)
+    if (patch := patch_of(model)) is not None:
+        patch.put_back()
+    return out
+
+
+def _no_replica(name: str) -> nn.Module:
+    raise RuntimeError(
+        f"nn.DataParallel shares one patched {name} among its GPUs' threads; start one process a "
+        f"GPU with torchrun or accelerate launch, or show one GPU with CUDA_VISIBLE_DEVICES=0"
+    )
 
 
 def _layers(patch: Patch, recipe: Recipe) -> None:
     """Replace the forwards that the recipe names and the configuration asks for."""
-    config, impl = patch.config, patch.config.impl
-    found: set[str] = set()
-    act = ACTIVATIONS.get(name := str(getattr(patch.model.config, recipe.glu.act)))  # pyright: ignore
+    wanted = {cls: part for cls, part in recipe.parts.items() if _asked(patch.config, part)}
+    done: set[str] = set()
+    why: dict[str, str] = {}
     for path, module in list(patch.model.named_modules()):
-        cls = type(module).__name__
-        if cls == recipe.norm.cls and config.norm:
-            new, op = partial(_norm, module, recipe.norm, impl), "rms_norm"
-        elif cls == recipe.glu.cls and config.mlp and act:
-            new, op = partial(gated, module, act, impl, config.mlp_inplace), f"glu[{act}]"
-        elif cls == recipe.attention and config.rope and _calls_rotary(type(module)):
-            _rebind(type(module), impl)
-            new, op = partial(_attention, module, impl), "rope"
-        else:
+        if (part := wanted.get(type(module).__name__)) is None:
             continue
-        if head.own_forward(module) == "forward" and "forward" in vars(module):
-            raise RuntimeError(
-                f"{path} ({cls}) has had its forward replaced already, by "
-                f"{type(vars(module)['forward']).__name__}; undo that first"
-            )
-        patch.replace(path, module, new, op)
-        found.add(cls)
-    wanted = {
-        recipe.norm.cls: (config.norm, "norm", ""),
-        recipe.glu.cls: (config.mlp, "mlp", "" if act else f"its activation is {name!r}"),
-        recipe.attention: (config.rope, "rope", ""),
-    }
-    for cls, (on, part, why) in wanted.items():
-        if on and cls not in found:
-            patch.leave(part, why or f"no {cls} that fits was found")
-    if not found and (config.rope or config.norm or config.mlp):
+        new = replacement(module, part, patch.config)
+        if isinstance(new, str):
+            why[FIELDS[type(part)]] = f"{path} ({type(module).__name__}): {new}"
+            continue
+        attr, fn, op = new
+        if attr == "forward":
+            patch.replace(path, module, fn, op)
+        else:
+            patch.set(module, attr, fn)
+            patch.record(path, module, op)
+        done.add(FIELDS[type(part)])
+    for name in dict.fromkeys(FIELDS[type(part)] for part in wanted.values()):
+        if name in why or name not in done:
+            classes = [cls for cls, part in wanted.items() if FIELDS[type(part)] == name]
+            patch.leave(name, why.get(name, f"no {' or '.join(classes)} was found"))
+    if wanted and not done:
         raise ValueError(
             f"the {recipe.model_type!r} recipe matches nothing in {type(patch.model).__name__}: "
             f"it looks for {', '.join(wanted)}"
         )
+
+
+def _asked(config: LigerConfig, part: object) -> bool:
+    return getattr(config, FIELDS[type(part)])
 
 
 def patch_of(model: nn.Module) -> Patch | None:
@@ -210,11 +225,24 @@ def _take_over(model: nn.Module, config: LigerConfig) -> None:
         part.revert()
 
 
+def _recipe(model: nn.Module, config: LigerConfig) -> Recipe:
+    model_type: Any = getattr(getattr(model, "config", None), "model_type", None)
+    if (recipe := RECIPES.get(model_type)) is not None:
+        return recipe
+    if config.generic and model_type is not None:
+        return Recipe(model_type, {})
+    raise ValueError(
+        f"no recipe for model type {model_type!r} ({type(model).__name__}); known: "
+        f"{', '.join(RECIPES)}. generic=True fuses the head of a causal language model alone"
+    )
+
+
 def apply(model: nn.Module, config: LigerConfig | Mapping[str, Any] | str | None = None) -> Patch:
     """Patch this model instance and no other.
 
     Args:
-        model: a transformers model of a family in `RECIPES`, or a PEFT model around one.
+        model: a transformers model of a family in `RECIPES`, or a PEFT model around one; with
+            `generic`, any whose forward calls `self.loss_function` on what its head returns.
         config: what `LigerConfig.of` takes.
 
     Returns:
@@ -232,19 +260,17 @@ def apply(model: nn.Module, config: LigerConfig | Mapping[str, Any] | str | None
         return patch
     if (there := patch_of(model)) is not None and there.config == config:
         return there
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if (recipe := RECIPES.get(model_type)) is None:  # pyright: ignore
-        raise ValueError(
-            f"no recipe for model type {model_type!r} ({type(model).__name__}); "
-            f"known: {', '.join(sorted(RECIPES))}"
-        )
+    patch.recipe = recipe = _recipe(model, config)
     if config.impl == "triton" and not torch.cuda.is_available():
         use_triton("triton", torch.empty(0))  # raises, unless interpreted
     _take_over(model, config)
     try:
         _layers(patch, recipe)
-        if (why := head.fuse(patch, model, config)) is not None:
+        if (why := head.fuse(patch)) is not None:
             patch.leave("fused_head", why)
+        patch.set(model, "train", partial(_train, model, vars(model).get("train")))
+        refuse = partial(_no_replica, type(model).__name__)
+        patch.set(model, "_replicate_for_data_parallel", refuse)
         patch.set(model, "_liger_patch", patch)
     except Exception:
         patch.revert()

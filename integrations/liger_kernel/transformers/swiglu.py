@@ -34,6 +34,19 @@ def gated(module: Any, act: Activation, impl: Impl, inplace: bool, x: Tensor) ->
     return module.down_proj(glu(g, u, act, inplace=inplace, impl=impl))
 
 
+def packed(module: Any, act: Activation, impl: Impl, inplace: bool, x: Tensor) -> Tensor:
+    """The same where one `gate_up_proj` gives both, the gate first."""
+    gu = module.gate_up_proj(x)
+    inplace = inplace and unseen(module.gate_up_proj)
+    return module.down_proj(glu_packed(gu, act, inplace=inplace, impl=impl))
+
+
+def packed_gate(act: Activation, impl: Impl, inplace: bool, gate_up_out: Tensor) -> Tensor:
+    """`_apply_gate` of transformers' stacked experts, whose products nobody else sees."""
+    inplace = inplace and not torch.compiler.is_compiling()
+    return glu_packed(gate_up_out, act, inplace=inplace, impl=impl)
+
+
 class MLP(nn.Module):
     """What the MLPs below have in common.
 
@@ -113,5 +126,4 @@ class LigerPhi3SwiGLUMLP(MLP):
         self.down_proj = nn.Linear(self.intermediate_size, self.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        gu = self.gate_up_proj(hidden_states)
-        return self.down_proj(glu_packed(gu, self.act, inplace=unseen(self.gate_up_proj)))
+        return packed(self, self.act, "auto", True, hidden_states)

@@ -1,0 +1,120 @@
+"""What takes the place of a layer's forward: module-level functions of the module they serve.
+
+They are bound as partials, never closures: deepcopy then rebinds them to the copy (a DPO reference
+model is a deepcopy) and pickle can carry them.
+"""
+
+import sys
+import types
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from liger_core import layer_norm, rms_norm
+from liger_core.dispatch import Impl
+from liger_core.ops.glu import Activation
+from liger_kernel.config import LigerConfig
+from liger_kernel.transformers.recipes import Glu, LayerNorm, Norm, Part, Rope
+from liger_kernel.transformers.rope import liger_rotary_pos_emb, liger_rotary_pos_emb_vision
+from liger_kernel.transformers.swiglu import gated, packed, packed_gate
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+def replacement(
+    module: nn.Module, part: Part, config: LigerConfig
+) -> tuple[str, Callable[..., Any], str] | str:
+    """(attribute, what to put there, the op's name for the report), or why not."""
+    impl = config.impl
+    if isinstance(part, Norm):
+        return "forward", partial(_norm, module, part, impl), "rms_norm"
+    if isinstance(part, LayerNorm):
+        return "forward", partial(_layer_norm, module, impl), "layer_norm"
+    if isinstance(part, Rope):
+        if not _calls(type(module), ROTARY[part.kind]):
+            return f"its forward does not call {ROTARY[part.kind]}"
+        _rebind(type(module), part, impl)
+        return "forward", partial(_attention, module, part, impl), "rope"
+    return _glu(module, part, config)
+
+
+def _glu(
+    module: nn.Module, part: Glu, config: LigerConfig
+) -> tuple[str, Callable[..., Any], str] | str:
+    fn: Any = getattr(module, part.act)
+    if (act := _activations().get(type(fn))) is None:
+        return f"its activation is {type(fn).__name__}"
+    bound = module, act, config.impl, config.mlp_inplace
+    if part.kind == "experts":
+        if getattr(module.config, "_experts_implementation", None) == "eager":
+            return "its experts run one by one; see set_experts_implementation"
+        return "_apply_gate", partial(packed_gate, *bound[1:]), f"glu[{act}]"
+    return "forward", partial(gated if part.kind == "split" else packed, *bound), f"glu[{act}]"
+
+
+@cache
+def _activations() -> dict[type, Activation]:
+    from transformers.activations import ACT2FN
+
+    return {type(ACT2FN[name]): act for name, act in ACTIVATIONS.items()}
+
+
+def _norm(module: nn.Module, part: Norm, impl: Impl, x: Tensor) -> Tensor:
+    eps, weight = cast(float, getattr(module, part.eps)), cast(Tensor, module.weight)
+    return rms_norm(x, weight, eps, offset=part.offset, casting=part.casting, impl=impl)
+
+
+def _layer_norm(module: Any, impl: Impl, input: Tensor) -> Tensor:
+    if torch.is_autocast_enabled(input.device.type):  # which runs torch's own in fp32
+        input = input.float()
+    return layer_norm(input, module.weight, module.bias, module.eps, impl=impl)
+
+
+ROTARY = {
+    "half": "apply_rotary_pos_emb",
+    "interleaved": "apply_rotary_pos_emb",
+    "vision": "apply_rotary_pos_emb_vision",
+}
+_WITH_ROTARY: dict[tuple[type, Impl], types.FunctionType] = {}  # torch.compile cannot trace a cache
+
+
+def _attention(module: nn.Module, part: Rope, impl: Impl, *args: Any, **kwargs: Any) -> Any:
+    key = type(module), impl
+    if key not in _WITH_ROTARY:  # a model that was unpickled
+        _rebind(type(module), part, impl)
+    return _WITH_ROTARY[key](module, *args, **kwargs)
+
+
+def _rebind(cls: type, part: Rope, impl: Impl) -> None:
+    """Keep `cls.forward` over a copy of its globals in which the rotary function is ours.
+
+    The copy is a module of its own: torch.compile looks globals up by the module's name.
+    """
+    fn = cast(types.FunctionType, cls.forward)  # pyright: ignore
+    name = f"{__name__}.{fn.__module__}.{cls.__name__}_{impl}"
+    copy = sys.modules.setdefault(name, types.ModuleType(name))
+    vars(copy).update(fn.__globals__, __name__=name)
+    if part.kind == "vision":
+        ours = partial(liger_rotary_pos_emb_vision, impl=impl)
+    else:
+        ours = partial(liger_rotary_pos_emb, interleaved=part.kind == "interleaved", impl=impl)
+    vars(copy)[ROTARY[part.kind]] = ours
+    there = _WITH_ROTARY.get((cls, impl))
+    if there is not None and there.__code__ is fn.__code__:
+        return
+    own = types.FunctionType(fn.__code__, vars(copy), fn.__name__, fn.__defaults__, fn.__closure__)
+    own.__kwdefaults__ = fn.__kwdefaults__
+    _WITH_ROTARY[cls, impl] = own
+
+
+def _calls(cls: type, name: str) -> bool:
+    code = getattr(cls.forward, "__code__", None)  # pyright: ignore
+    return code is not None and name in code.co_names
