@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import inspect
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -12,25 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import liger_kernel.transformers as lk
 from liger_kernel.config import LigerConfig
-from liger_kernel.transformers import functional, monkey_patch
+from liger_kernel.transformers import functional
 from liger_kernel.transformers.layers import ACTIVATIONS
 from liger_kernel.transformers.rope import liger_rotary_pos_emb_vision
 from tiny import V, assert_same, build, step
-
-llama = lk.apply_liger_kernel_to_llama
-
-
-@pytest.fixture(autouse=True)
-def nothing_global_is_left():
-    before = vars(LlamaForCausalLM)["__init__"]
-    yield
-    for patch in list(monkey_patch.CLASS_PATCHES.values()):
-        patch.revert()
-    assert vars(LlamaForCausalLM)["__init__"] is before
 
 
 def test_every_name_in_all_exists() -> None:
@@ -57,83 +45,6 @@ def test_the_auto_class_loads_what_it_cannot_patch(caplog: Any) -> None:
     model = lk.AutoLigerKernelForCausalLM.from_config(config)
     assert lk.patch_of(model) is None
     assert "no recipe for model type 'gpt2'" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "flags, width",
-    [
-        ({}, 0),
-        (
-            dict(rope=True, swiglu=True, cross_entropy=True, fused_linear_cross_entropy=False,
-                 rms_norm=True),
-            V,
-        ),
-        (dict(rope=None, rms_norm=None, swiglu=None), 0),
-    ],
-)  # fmt: skip
-def test_apply_before_building_a_model(flags: dict[str, Any], width: int) -> None:
-    want = step(build())
-    patch = llama(**flags)
-    model = build()
-    assert_same(step(model), want, width)
-    patch.revert()
-    assert lk.patch_of(build()) is None and lk.patch_of(model) is not None
-
-
-def test_apply_before_from_pretrained(tmp_path: Any) -> None:
-    build().save_pretrained(tmp_path)
-    with llama():
-        model = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    assert_same(step(model.train()), step(build()))
-
-
-def test_apply_to_one_model() -> None:
-    model, other = build(), build()
-    llama(model=model, swiglu=False)
-    assert "glu[silu]" not in str(lk.patch_of(model)) and lk.patch_of(other) is None
-
-
-def test_a_second_call_replaces_the_first() -> None:
-    first = llama()
-    assert llama() is first
-    llama(rope=False)
-    patch = lk.patch_of(build())
-    assert patch is not None and not patch.config.rope
-
-
-def test_both_cross_entropies_are_refused() -> None:
-    with pytest.raises(ValueError, match="cannot both be true"):
-        llama(cross_entropy=True, fused_linear_cross_entropy=True)
-
-
-def test_the_signature_is_explicit() -> None:
-    """LLaMA-Factory passes every name of the signature; nothing may hide behind **kwargs."""
-    assert list(inspect.signature(llama).parameters) == [
-        "rope", "cross_entropy", "fused_linear_cross_entropy", "rms_norm", "swiglu", "model"
-    ]  # fmt: skip
-
-
-def test_the_first_patch_of_an_instance_stays(caplog: Any) -> None:
-    model = build()
-    first = lk.apply(model, dict(rope=False))
-    lk._apply_liger_kernel_to_instance(model=model)
-    assert lk.patch_of(model) is first and "already patched" in caplog.text
-
-
-def test_what_frameworks_pass_besides(caplog: Any) -> None:
-    """Options of other families and None for what is unset, as Axolotl and others hand them on."""
-    model = build()
-    lk._apply_liger_kernel_to_instance(model=model, layer_norm=False, geglu=True, rope=None)
-    patch = lk.patch_of(model)
-    assert patch is not None and patch.config.norm and patch.config.mlp and not patch.config.rope
-    assert "llama has no option geglu; ignored" in caplog.text
-
-
-def test_unknown_model_types_are_logged(caplog: Any) -> None:
-    caplog.set_level("INFO")
-    lk._apply_liger_kernel("mamba")
-    lk._apply_liger_kernel_to_instance(model=nn.Linear(2, 2))
-    assert "'mamba', nothing is patched" in caplog.text and "type None" in caplog.text
 
 
 def test_the_fused_loss_as_users_type_it() -> None:
