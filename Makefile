@@ -11,7 +11,7 @@ BENCH_OPTIONS ?= # for example --out FILE.json --peer trl=FOLDER; see benchmarks
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu test-slow bench lint format wheel clean
+.PHONY: help demo test test-versions test-gpu test-slow bench lint format wheel clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,23 @@ demo: $(VENV)/.model ## fine-tune SmolLM2-135M plain and patched, and compare
 
 test: lint ## lint, type checks and the tests that need no GPU
 	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not slow"
+	@$(MAKE) --no-print-directory test-versions
+
+# Other versions lie in folders of their own, in front of the environment's. The first is tested
+# as the environment's own is, the others (the oldest, and what frameworks pin) by the families'
+# numbers and a training run; kernels, without what it needs to fetch and sign, by the tests that meet it.
+ADAPTERS := tests/integrations tests/test_cli.py
+SMOKE := tests/integrations/test_families.py tests/integrations/test_trainer.py -k "own or no_number"
+test-versions: $(VENV)/.ready ## the adapters' tests with other versions of transformers, and with kernels
+	$(call with,transformers==5.23.0,$(ADAPTERS))
+	$(call with,transformers==5.6.0 tokenizers==0.22.2,$(SMOKE))
+	$(call with,transformers==5.16.0,$(SMOKE))
+	$(call with,transformers==5.20.1,$(SMOKE))
+	$(call with,kernels==0.16.2 kernels-data==0.16.2,tests/integrations/test_loop.py)
+with = @folder="$(VENV)/with/$(subst $(space),_,$(1))"; [ -d "$$folder" ] || \
+	$(PIP) install --no-deps --target "$$folder" $(1); echo "with $(1)"; \
+	PYTHONPATH="$$folder" $(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not slow" $(2)
+space := $(subst ,, )
 
 # With the machine's own Python, so that no network is needed; it must have torch, triton and pytest.
 test-gpu: ## the kernels' tests on this machine's GPU, with PYTHON

@@ -18,7 +18,10 @@ FRAMEWORKS = {
     "trl",
 }
 ADAPTERS = [f"liger_kernel.{name}" for name in ("lightning", "accelerate", "trl")]
-LIGHT = {f"liger_kernel.{name}" for name in ("config", "checkpoint", "measure")}
+LIGHT = {
+    f"liger_kernel.{name}"
+    for name in ("config", "checkpoint", "measure", "exact", "environment", "cli")
+}
 RECIPES = "liger_kernel.transformers.recipes"
 
 

@@ -1,4 +1,4 @@
-"""Upstream's `apply_liger_kernel_to_*`, as frameworks call them: on a model, or before one is built."""
+"""Upstream's `apply_liger_kernel_to_*` on a model, and before one is built, as frameworks do."""
 
 import importlib
 import inspect

@@ -1,5 +1,6 @@
 """What a training loop does to a model besides a plain step: packing, scaling, other attention."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 from transformers import DataCollatorWithFlattening
 from transformers.utils import is_flash_attn_2_available
 
+from liger_kernel.check import allowed
 from liger_kernel.transformers import apply, patch_of
 from tiny import V, assert_same, batch, build, step
 
@@ -76,10 +78,8 @@ def test_a_gradient_scaler(dtype: torch.dtype) -> None:
         assert scaler.get_scale() == (2.0**12 if cast else 1.0), "a step was skipped"
         return [p.detach() - s for p, s in zip(model.parameters(), start, strict=True)]
 
-    exact = run(False, cast=False)
-    eps = torch.finfo(dtype).eps
-    for o, t, e in zip(run(True), run(False), exact, strict=True):
-        assert (o - e).norm() <= 2 * (t - e).norm() + 2 * eps * e.norm()
+    for o, t, e in zip(run(True), run(False), run(False, cast=False), strict=True):
+        assert (o - e).norm() <= allowed((t - e).norm(), e.norm(), dtype)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -155,7 +155,7 @@ def test_use_kernels_meets_a_patch() -> None:
     modes = {kernels.Mode.TRAINING: repository, kernels.Mode.INFERENCE: repository}
     model.kernel_config = KernelConfig()
     model.kernel_config.kernel_mapping = {"RMSNorm": {"cpu": modes}}
-    with pytest.warns(UserWarning, match="No kernel mapping found"):
+    with warnings.catch_warnings(action="ignore"):  # of layers for which there is no kernel
         hub_kernels.kernelize(model)
 
     def calls() -> int:
@@ -166,7 +166,7 @@ def test_use_kernels_meets_a_patch() -> None:
     assert calls() == 5
     patch = apply(model)
     assert calls() == 0
-    with pytest.warns(UserWarning, match="No kernel mapping found"):
+    with warnings.catch_warnings(action="ignore"):
         model.eval().train()
     assert calls() == 0
     patch.revert()

@@ -90,7 +90,7 @@ def noted(head: nn.Module | None) -> tuple[nn.Module, Note] | None:
     """The fused module whose output `head` returns and its note; None where there is none."""
     at: Any = head
     while at is not None:
-        if (ticket := vars(at).get("_liger_ticket")) is not None:
+        if (ticket := at.__dict__.get("_liger_ticket")) is not None:
             return at, _notes[ticket.number]
         inner = at._modules
         if "modules_to_save" in inner:  # PEFT; the condition is that of its own forward
@@ -165,7 +165,7 @@ def forward(
     x: Tensor, *args: Any, **kwargs: Any,
 ) -> Tensor:  # fmt: skip
     """Replaces lm_head's forward: a linear layer's, or that of PEFT's LoRA around one."""
-    note = _notes[vars(head)["_liger_ticket"].number]
+    note = _notes[head.__dict__["_liger_ticket"].number]
     options = _options(head, x, *args, **kwargs) if note.fuse else None
     if (y := note.y) is None or options is None:
         return type(head).forward(head, x, *args, **kwargs)

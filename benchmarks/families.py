@@ -1,0 +1,122 @@
+"""Every family at the width of a model people train: is the patch right, and what does it save?
+
+    python -m benchmarks.families --out benchmarks/results/families-h100-bf16.json
+
+`liger_kernel.check` on random weights, `--layers` layers of the language model deep, with images
+where the family has eyes: loss and every gradient against the plain model in fp32, time and memory
+of forward and backward beside it. With so few layers the head weighs more than in the whole model.
+"""
+
+import argparse
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from benchmarks.training_step import machine
+from liger_kernel.check import check
+from liger_kernel.transformers.inputs import sample_batch
+
+
+def text(
+    hidden: int, mlp: int, heads: int, kv: int, vocabulary: int, eps: float = 1e-6, **more: Any
+) -> dict[str, Any]:
+    return dict(
+        hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads,
+        num_key_value_heads=kv, vocab_size=vocabulary, rms_norm_eps=eps, **more,
+    )  # fmt: skip
+
+
+QWEN2_7B = text(3584, 18944, 28, 4, 152064)
+SIZES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama 3.1 8B", text(4096, 14336, 32, 8, 128256, 1e-5)),
+    "mistral": ("Mistral 7B v0.3", text(4096, 14336, 32, 8, 32768, 1e-5)),
+    "mixtral": ("Mixtral 8x7B", text(4096, 14336, 32, 8, 32000, 1e-5, output_router_logits=True)),
+    "gemma": ("Gemma 7B", text(3072, 24576, 16, 16, 256000, head_dim=256)),
+    "gemma2": ("Gemma 2 9B", text(3584, 14336, 16, 8, 256000, head_dim=256)),
+    "gemma3_text": ("Gemma 3 1B", text(1152, 6912, 4, 1, 262144, head_dim=256)),
+    "gemma3": ("Gemma 3 4B", dict(
+        text_config=text(2560, 10240, 8, 4, 262208, head_dim=256),
+        vision_config=dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16,
+                           num_hidden_layers=4, image_size=896, patch_size=14),
+    )),
+    "qwen2": ("Qwen2.5 7B", QWEN2_7B),
+    "qwen2_vl": ("Qwen2-VL 7B", dict(text_config=QWEN2_7B, vision_config=dict(
+        depth=4, embed_dim=1280, hidden_size=3584, num_heads=16))),
+    "qwen2_5_vl": ("Qwen2.5-VL 7B", dict(text_config=QWEN2_7B, vision_config=dict(
+        depth=4, hidden_size=1280, out_hidden_size=3584, num_heads=16, intermediate_size=3420,
+        fullatt_block_indexes=[3]))),
+    "qwen3": ("Qwen3 8B", text(4096, 12288, 32, 8, 151936, head_dim=128)),
+    "qwen3_moe": ("Qwen3 30B-A3B", text(
+        2048, 6144, 32, 4, 151936, head_dim=128, moe_intermediate_size=768, num_experts=128,
+        num_experts_per_tok=8, norm_topk_prob=True, output_router_logits=True)),
+    "phi3": ("Phi-3 mini", text(3072, 8192, 32, 32, 32064, 1e-5, pad_token_id=32000)),
+    "granite": ("Granite 3 8B", text(
+        4096, 12800, 32, 8, 49155, 1e-5, logits_scaling=16.0, residual_multiplier=0.22,
+        embedding_multiplier=12.0, attention_multiplier=0.0078125)),
+    "olmo2": ("OLMo 2 7B", text(4096, 11008, 32, 32, 100352)),
+    "glm4": ("GLM-4 9B 0414", text(
+        4096, 13696, 32, 2, 151552, 1e-5, head_dim=128, pad_token_id=151329)),
+    "mllama": ("Llama 3.2 11B Vision", dict(
+        text_config=text(4096, 14336, 32, 8, 128256, 1e-5, cross_attention_layers=[1]),
+        vision_config=dict(num_hidden_layers=2, num_global_layers=1, image_size=560,
+                           intermediate_layers_indices=[0], vision_output_dim=2560))),
+}  # fmt: skip
+
+
+def build(model_type: str, layers: int, device: str) -> Any:
+    settings = AutoConfig.for_model(model_type, **SIZES[model_type][1])
+    language = settings.get_text_config()
+    language.num_hidden_layers = layers
+    if getattr(language, "layer_types", None):  # up to the first that is not a sliding window
+        end = max(language.layer_types.index("full_attention") + 1, layers)
+        language.layer_types = language.layer_types[end - layers : end]
+    auto = AutoModelForImageTextToText if "text_config" in SIZES[model_type][1] else (
+        AutoModelForCausalLM
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = auto.from_config(settings, dtype=torch.bfloat16, attn_implementation="sdpa")
+        for p in model.parameters():
+            if p.ndim < 2:  # norms at 1, biases and gates at 0 would hide what goes wrong with them
+                p.data += 0.1 * torch.randn_like(p)
+    return model.train()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--families", nargs="*", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    report: dict[str, Any] = machine(device) | {"setting": vars(args) | {"out": None}}
+    for model_type in args.families:
+        name = SIZES[model_type][0]
+        try:
+            model = build(model_type, args.layers, device)
+            batch = sample_batch(
+                model.config, args.batch, args.length, device=device, dtype=torch.bfloat16
+            )
+            found = check(model, batch)
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {error}", flush=True)
+            report[model_type] = {"model": name, "error": f"{type(error).__name__}: {error}"}
+        else:
+            report[model_type] = {"model": name, **found.to_dict()}
+            print(f"{name}\n{found}\n", flush=True)
+        model = batch = found = None
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        if args.out:
+            args.out.write_text(json.dumps(report, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
