@@ -53,7 +53,7 @@ def parts_of(model_type: str) -> list[str]:
 
 
 def slow(names: Any, late: Any) -> Any:
-    marked = (pytest.param(n, marks=pytest.mark.slow if late(n) else ()) for n in names)
+    marked = [pytest.param(n, marks=pytest.mark.slow if late(n) else ()) for n in names]
     return pytest.mark.parametrize("model_type", marked)
 
 
@@ -78,14 +78,7 @@ def rotary(module: nn.Module) -> str:
 
 def kept(model: Any) -> tuple[set[str], set[str]]:
     """The parts that this version of transformers has us leave, and their modules' classes."""
-    parts = RECIPES[model.config.model_type].parts
-    own = {
-        type(m).__name__
-        for m in model.modules()
-        if isinstance(parts.get(type(m).__name__), Rope) and "multimodal" in rotary(m)
-    }
-    names = {"rope"} if own else set[str]()
-    return (names, own) if fuses(model) else (names | {"fused_head"}, own | {"Linear"})
+    return (set(), set()) if fuses(model) else ({"fused_head"}, {"Linear"})
 
 
 def patched(model: Any, config: Any = None) -> Any:

@@ -18,7 +18,11 @@ from liger_core.dispatch import Impl
 from liger_core.ops.glu import Activation
 from liger_kernel.config import LigerConfig
 from liger_kernel.transformers.recipes import Glu, LayerNorm, Norm, Part, Rope
-from liger_kernel.transformers.rope import liger_rotary_pos_emb, liger_rotary_pos_emb_vision
+from liger_kernel.transformers.rope import (
+    liger_multimodal_rotary_pos_emb,
+    liger_rotary_pos_emb,
+    liger_rotary_pos_emb_vision,
+)
 from liger_kernel.transformers.swiglu import gated, packed, packed_gate
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -39,8 +43,8 @@ def replacement(
     if isinstance(part, LayerNorm):
         return "forward", partial(_layer_norm, module, impl), "layer_norm"
     if isinstance(part, Rope):
-        if not _calls(type(module), ROTARY[part.kind]):
-            return f"its forward does not call {ROTARY[part.kind]}"
+        if not any(_calls(type(module), name) for name in ROTARY[part.kind]):
+            return f"its forward does not call {' or '.join(ROTARY[part.kind])}"
         _rebind(type(module), part, impl)
         return "forward", partial(_attention, module, part, impl), "rope"
     return _glu(module, part, config)
@@ -79,10 +83,14 @@ def _layer_norm(module: Any, impl: Impl, input: Tensor) -> Tensor:
 
 
 ROTARY = {
-    "half": "apply_rotary_pos_emb",
-    "interleaved": "apply_rotary_pos_emb",
-    "vision": "apply_rotary_pos_emb_vision",
+    "half": {
+        "apply_rotary_pos_emb": liger_rotary_pos_emb,
+        "apply_multimodal_rotary_pos_emb": liger_multimodal_rotary_pos_emb,
+    },
+    "interleaved": {"apply_rotary_pos_emb": partial(liger_rotary_pos_emb, interleaved=True)},
+    "vision": {"apply_rotary_pos_emb_vision": liger_rotary_pos_emb_vision},
 }
+"""What an attention's forward calls, and what it is to call instead."""
 _WITH_ROTARY: dict[tuple[type, Impl], types.FunctionType] = {}  # torch.compile cannot trace a cache
 
 
@@ -102,11 +110,7 @@ def _rebind(cls: type, part: Rope, impl: Impl) -> None:
     name = f"{__name__}.{fn.__module__}.{cls.__name__}_{impl}"
     copy = sys.modules.setdefault(name, types.ModuleType(name))
     vars(copy).update(fn.__globals__, __name__=name)
-    if part.kind == "vision":
-        ours = partial(liger_rotary_pos_emb_vision, impl=impl)
-    else:
-        ours = partial(liger_rotary_pos_emb, interleaved=part.kind == "interleaved", impl=impl)
-    vars(copy)[ROTARY[part.kind]] = ours
+    vars(copy).update({name: partial(fn, impl=impl) for name, fn in ROTARY[part.kind].items()})
     there = _WITH_ROTARY.get((cls, impl))
     if there is not None and there.__code__ is fn.__code__:
         return

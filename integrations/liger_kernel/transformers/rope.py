@@ -1,5 +1,6 @@
 """Rotary embeddings under upstream's names and with transformers' calling conventions."""
 
+import torch
 from torch import Tensor
 
 from liger_core import rope
@@ -41,6 +42,30 @@ def liger_rotary_pos_emb(
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     q, k = rope(q, k, cos, sin, interleaved=interleaved, impl=impl)
     return q.transpose(1, 2), k.transpose(1, 2)
+
+
+def liger_multimodal_rotary_pos_emb(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mrope_section: list[int],
+    unsqueeze_dim: int = 1,
+    *,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`apply_multimodal_rotary_pos_emb` of Qwen2-VL, which transformers had until 5.16.
+
+    Args:
+        q, k, unsqueeze_dim: as of `liger_rotary_pos_emb`.
+        cos, sin: (3, B, T, D), by time, height and width.
+        mrope_section: how many of D / 2 angles come from each of the three.
+    """
+    cos, sin = (
+        torch.cat([part[i % 3] for i, part in enumerate(t.split(mrope_section * 2, -1))], -1)
+        for t in (cos, sin)
+    )
+    return liger_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, impl=impl)
 
 
 def liger_rotary_pos_emb_vision(
