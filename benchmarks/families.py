@@ -1,24 +1,29 @@
 """Every family at the width of a model people train: is the patch right, and what does it save?
 
-    python -m benchmarks.families --out benchmarks/results/families-h100-bf16.json
+    python -m benchmarks.families --out benchmarks/results/families-h100-bf16.json \\
+        --peer liger=FOLDER --compile llama gemma2
 
 `liger_kernel.check` on random weights, `--layers` layers of the language model deep, with images
 where the family has eyes: loss and every gradient against the plain model in fp32, time and memory
-of forward and backward beside it. With so few layers the head weighs more than in the whole model.
+of forward and backward beside it. Liger-Kernel, whose import name is the same, patches the same
+models in a process of its own. With so few layers the head weighs more than in the whole model.
 """
 
 import argparse
 import gc
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from benchmarks.training_step import machine
-from liger_kernel.check import check
-from liger_kernel.transformers.inputs import sample_batch
+OURS = Path(__file__).parents[1] / "integrations" / "liger_kernel"
 
 
 def text(
@@ -86,36 +91,109 @@ def build(model_type: str, layers: int, device: str) -> Any:
     return model.train()
 
 
+def ours(name: str) -> Any:
+    """A module of this project that needs torch alone, also where liger_kernel is another's."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, OURS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def case(model_type: str, args: argparse.Namespace, device: str) -> tuple[Any, dict[str, Any]]:
+    model = build(model_type, args.layers, device)
+    batch = ours("transformers/inputs").sample_batch(
+        model.config, args.batch, args.length, device=device, dtype=torch.bfloat16
+    )
+    return model, batch
+
+
+def checked(model_type: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
+    from liger_kernel.check import check
+
+    found = check(*case(model_type, args, device))
+    print(found, flush=True)
+    return found.to_dict()
+
+
+def timed(model_type: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Loss, time and memory of the model as the peer patches it, or compiled."""
+    measure = ours("measure")
+    model, batch = case(model_type, args, device)
+    if args.timed == "compile":
+        step_model = torch.compile(model)
+    else:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model)
+        step_model = model
+    loss = torch.empty(0)
+
+    def step() -> None:
+        nonlocal loss
+        model.zero_grad()
+        loss = step_model(**batch).loss
+        loss.backward()
+        loss = loss.detach()
+
+    where = next(model.parameters()).device
+    step()
+    model.zero_grad()
+    with measure.PeakMemory(where) as peak:
+        step()
+    ms = median(measure.call_ms(step, where) for _ in range(5))
+    found = {"loss": float(loss), "peak_mib": peak.mib, "step_ms": ms}
+    print(args.timed, found, flush=True)
+    return found
+
+
+def each(args: argparse.Namespace, run: Any, report: dict[str, Any], key: str | None) -> None:
+    """`run` on every family, into the report; what fails is said there."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for model_type in args.families:
+        name = SIZES[model_type][0]
+        print(name, flush=True)
+        try:
+            found = run(model_type, args, device)
+        except Exception as error:
+            found = {"error": f"{type(error).__name__}: {error}"}
+            print(found, flush=True)
+        entry = report.setdefault(model_type, {"size": name})
+        entry.update(found if key is None else {key: found})
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        if args.out:
+            args.out.write_text(json.dumps(report, indent=1, default=str) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--families", nargs="*", default=list(SIZES), choices=SIZES)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--peer", help="liger=FOLDER of an unpacked Liger-Kernel")
+    parser.add_argument("--compile", nargs="*", default=[], choices=SIZES, help="torch.compile too")
+    parser.add_argument("--timed", help=argparse.SUPPRESS)  # a process of a peer's
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.timed:
+        report = json.loads(args.out.read_text())
+        return each(args, timed, report, args.timed)
+    from benchmarks.training_step import machine
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    report: dict[str, Any] = machine(device) | {"setting": vars(args) | {"out": None}}
-    for model_type in args.families:
-        name = SIZES[model_type][0]
-        try:
-            model = build(model_type, args.layers, device)
-            batch = sample_batch(
-                model.config, args.batch, args.length, device=device, dtype=torch.bfloat16
-            )
-            found = check(model, batch)
-        except Exception as error:
-            print(f"{name}: {type(error).__name__}: {error}", flush=True)
-            report[model_type] = {"model": name, "error": f"{type(error).__name__}: {error}"}
-        else:
-            report[model_type] = {"model": name, **found.to_dict()}
-            print(f"{name}\n{found}\n", flush=True)
-        model = batch = found = None
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-        if args.out:
-            args.out.write_text(json.dumps(report, indent=1, default=str) + "\n")
+    report = machine(device) | {k: getattr(args, k) for k in ("layers", "batch", "length")}
+    each(args, checked, report, None)
+    name, _, folder = (args.peer or "").partition("=")
+    for key, path, families in ((name, folder, args.families), ("compile", "", args.compile)):
+        if key and families:
+            sizes = [f"--{k}={getattr(args, k)}" for k in ("layers", "batch", "length")]
+            command = [sys.executable, __file__, "--timed", key, *sizes, "--out", str(args.out)]
+            env = os.environ | ({"PYTHONPATH": path} if path else {})
+            subprocess.run([*command, "--families", *families], env=env, check=False)
 
 
 if __name__ == "__main__":
