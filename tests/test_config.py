@@ -74,3 +74,7 @@ def test_an_empty_variable_is_unset(monkeypatch: Any) -> None:
 def test_disabled(monkeypatch: Any, text: str, off: bool) -> None:
     monkeypatch.setenv("LIGER_DISABLE", text)
     assert disabled() == off
+
+
+def test_the_default_is_hashable_and_plain() -> None:
+    assert LigerConfig() == LigerConfig.of(None) and hash(LigerConfig()) == hash(LigerConfig.of({}))

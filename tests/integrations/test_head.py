@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from liger_kernel.check import allowed
 from liger_kernel.transformers import apply
@@ -58,7 +59,7 @@ def test_positional_labels() -> None:
     torch.testing.assert_close(out.loss, want[0].loss)
 
 
-def test_evaluation_gives_the_models_own_logits_and_loss() -> None:
+def test_who_gets_logits() -> None:
     model = build().eval()
     ids, labels = batch()
     want = model(input_ids=ids, labels=labels)
@@ -171,3 +172,13 @@ def test_autocast_errs_no_more_than_the_model(dtype: torch.dtype) -> None:
     assert out.logits.shape[-1] == 0 and out.loss.dtype == torch.float32
     for n, e in exact.items():
         assert (ours[n] - e).norm() <= allowed((theirs[n] - e).norm(), e.norm(), dtype), n
+
+
+def test_a_head_wrapped_later_is_said() -> None:
+    model = build()
+    apply(model)
+    want = step(build())
+    model.lm_head = nn.Sequential(model.lm_head)
+    with pytest.warns(UserWarning, match="full logits are made"):
+        got = step(model)
+    torch.testing.assert_close(got[0].loss, want[0].loss)

@@ -189,32 +189,6 @@ class Repository:
         return KernelNorm
 
 
-def test_a_wrapper_around_a_forward_is_kept() -> None:
-    """As transformers' tensor parallelism puts them: a closure over the bound forward."""
-    model, seen = build(), []
-    want = step(model)
-
-    def wrap(module: nn.Module) -> None:
-        original = module.forward
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            seen.append(type(module).__name__)
-            return original(*args, **kwargs)
-
-        module.forward = wrapped
-
-    for module in (model.model.norm, model.model.layers[0].mlp):
-        wrap(module)
-        wrap(module)
-    with apply(model):
-        seen.clear()
-        assert_same(step(model), want)
-        assert sorted(seen) == ["LlamaMLP"] * 2 + ["LlamaRMSNorm"] * 2
-    seen.clear()
-    assert_same(step(model), want, V)
-    assert len(seen) == 4
-
-
 def test_a_family_without_a_recipe_on_request() -> None:
     model = build(model_type="stablelm", hidden_act="silu", layer_norm_eps=0.1)
     want = step(model)
@@ -225,17 +199,6 @@ def test_a_family_without_a_recipe_on_request() -> None:
     assert_same(step(model), want)
     patch.revert()
     assert_same(step(model), want, V)
-
-
-@pytest.mark.parametrize("model_type", ["cohere", "gemma2"])
-def test_logits_that_are_changed_after_an_unknown_head(model_type: str, monkeypatch: Any) -> None:
-    from liger_kernel.transformers import recipes
-
-    monkeypatch.delitem(recipes.RECIPES, "gemma2")
-    model = build(model_type=model_type, logit_scale=0.5, layer_norm_eps=0.1)
-    apply(model, dict(generic=True))
-    with pytest.raises(RuntimeError, match=r"changes the logits .*fused_head=False"):
-        step(model)
 
 
 def test_a_loss_of_the_forwards_own_is_left_to_it() -> None:

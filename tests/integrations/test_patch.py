@@ -14,18 +14,11 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from liger_core import rope
-from liger_kernel import LigerConfig
 from liger_kernel.transformers import apply, layers, patch_of, swiglu
-from tiny import V, assert_same, batch, build, step
+from tiny import V, assert_same, build, state, step
 
 KINDS = {"LlamaAttention", "LlamaMLP", "LlamaRMSNorm", "Linear"}
 OFF = dict(rope=False, norm=False, mlp=False, fused_head=False)
-
-
-def state(model: nn.Module) -> list[Any]:
-    return [
-        (set(vars(m)), set(m._forward_pre_hooks), set(m._forward_hooks)) for m in model.modules()
-    ]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -39,13 +32,11 @@ def test_loss_and_gradients_are_the_models_own(tied: bool, act: str) -> None:
 
 
 @pytest.mark.parametrize("part", OFF)
-def test_each_part_is_replaced_alone_and_is_called(part: str, monkeypatch: Any) -> None:
-    """The replaced op runs: with the op broken, so is the step."""
+def test_each_replaced_op_is_called(part: str, monkeypatch: Any) -> None:
+    """With the op broken, so is the step."""
     model = build()
-    want = step(model)
-    patch = apply(model, OFF | {part: True})
-    assert len({c.after for c in patch.changes}) == 1
-    assert_same(step(model), want, width=0 if part == "fused_head" else V)
+    apply(model, OFF | {part: True})
+    step(model)
 
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
@@ -81,25 +72,6 @@ def test_a_wrong_replacement_shows(name: str, monkeypatch: Any) -> None:
     apply(model)
     with pytest.raises(AssertionError):
         assert_same(step(model), want)
-
-
-def test_revert_leaves_no_trace() -> None:
-    model, own = build(), dict(vars(modeling))
-    want, before = step(model), state(model)
-    with apply(model) as patch:
-        step(model)
-        assert state(model) != before
-    assert state(model) == before and not patch.changes and patch_of(model) is None
-    got = step(model)
-    assert torch.equal(got[0].loss, want[0].loss) and got[0].logits.shape[-1] == V
-    assert vars(modeling) == own, "the modeling file's own names were touched"
-
-
-def test_a_sibling_is_untouched() -> None:
-    model, sibling = build(), build()
-    before = state(sibling)
-    apply(model)
-    assert state(sibling) == before and step(sibling)[0].logits.shape[-1] == V
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -208,7 +180,7 @@ def test_compiles_whole_and_once_for_all_lengths() -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for length in range(20, 40):
+    for length in range(20, 40, 4):
         step(compiled, input_ids=ids[:, :length], labels=ids[:, :length])
     assert counter.frame_count <= 4
 
@@ -225,28 +197,6 @@ def test_compiles_whole_and_once() -> None:
         if total == 9:
             assert_same(got, want)
     assert counter.frame_count <= 2
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(reentrant: bool) -> None:
-    model = build()
-    want = step(model)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    apply(model)
-    assert_same(step(model), want)
-
-
-def test_generate_after_training() -> None:
-    model, plain = build(), build()
-    apply(model)
-    step(model)
-    ids = batch()[0]
-    new = [
-        m.eval().generate(ids, attention_mask=ids > 0, max_new_tokens=5, do_sample=False)
-        for m in (model, plain)
-    ]
-    assert torch.equal(*new)
 
 
 def test_save_and_load(tmp_path: Any) -> None:
@@ -328,15 +278,108 @@ def test_another_attention_forward_is_followed(monkeypatch: Any) -> None:
     assert_same(step(model), want, width=V)
 
 
-def test_a_head_wrapped_later_is_said() -> None:
+def wrapped(fn: Any, log: list[str]) -> Any:
+    """A common counting wrapper: it holds what it calls, itself and a cell that is not set."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        wrapper.calls += 1
+        log.append("wrapper")
+        return fn(*args, **kwargs) if wrapper.calls else unset
+
+    wrapper.calls = 0
+    if log is None:
+        unset = None
+    return wrapper
+
+
+def test_a_wrapper_around_a_forward_is_kept() -> None:
+    """As transformers' tensor parallelism puts them: closures over the bound forward."""
+    model, log = build(), list[str]()
+    want = step(model)
+    for module in (model.model.norm, model.model.layers[0].mlp):
+        module.forward = wrapped(wrapped(module.forward, log), log)
+    before = [module.forward for module in (model.model.norm, model.model.layers[0].mlp)]
+    with apply(model):
+        twin = copy.deepcopy(model)
+        assert_same(step(model), want)
+        assert len(log) == 4 and model.model.norm.forward.calls == 1
+    patch_of(twin).revert()  # pyright: ignore
+    assert [model.model.norm.forward, model.model.layers[0].mlp.forward] == before
+    assert_same(step(model), want, V)
+    assert len(log) == 8
+
+
+def test_a_wrapper_that_comes_later_outlives_the_patch() -> None:
+    model, log = build(), list[str]()
+    want = step(model)
+    patch = apply(model)
+    model.model.norm.forward = wrapped(model.model.norm.forward, log)
+    assert_same(step(model), want)
+    patch.revert()
+    assert_same(step(model), want, V)
+    assert len(log) == 2
+    model.model.norm.weight.data.zero_()
+    assert step(model)[0].loss.item() == pytest.approx(math.log(V))
+
+
+@pytest.mark.parametrize("order", ["hook, patch, unhook", "patch, hook", "patch, hook, unhook"])
+def test_accelerates_hooks_come_and_go(order: str) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Double(ModelHook):
+        def post_forward(self, module: nn.Module, output: Any) -> Any:
+            return 2 * output
+
     model = build()
+    plain = step(model)
+    add_hook_to_module(model.model.norm, Double())
+    hooked = step(model)
+    remove_hook_from_module(model.model.norm)
+    modules = (model.model.norm, model.lm_head)
+    patch = None
+    for action in order.split(", "):
+        if action == "patch":
+            patch = apply(model)
+        for module in modules if action == "hook" else ():
+            add_hook_to_module(module, Double() if module is modules[0] else ModelHook())
+        for module in modules if action == "unhook" else ():
+            remove_hook_from_module(module)
+    want = hooked if order.endswith(" hook") else plain
+    assert_same(step(model), want)
+    assert patch is not None
+    patch.revert()
+    assert_same(step(model), want, V)
+    ours = [m for m in model.modules() for f in vars(m).values() if "liger" in repr(f)]
+    assert not ours
+
+
+def test_what_is_not_transformers_own_is_left(monkeypatch: Any) -> None:
+    def forward(self: Any, x: Any) -> Any:
+        return self.down_proj(self.gate_proj(x))
+
+    with monkeypatch.context() as patching:
+        patching.setattr(modeling.LlamaMLP, "forward", forward)
+        model = build()
+        want = step(model)
+        patch = apply(model)
+        assert "its forward is " in patch.left["mlp"]
+        assert_same(step(model), want)
+    model = build()
+    for layer in model.model.layers:
+        layer.mlp.act_fn.register_forward_hook(lambda module, args, out: out * 2)
+    want = step(model)
+    assert "hooks" in apply(model).left["mlp"]
+    assert_same(step(model), want)
+
+
+def test_a_train_of_the_models_own() -> None:
+    class Own(type(build())):
+        def train(self, mode: bool = True, *, freeze: bool = False) -> Any:
+            return super().train(mode).requires_grad_(not freeze)
+
+    model = build()
+    model.__class__ = Own
     apply(model)
-    want = step(build())
-    model.lm_head = nn.Sequential(model.lm_head)
-    with pytest.warns(UserWarning, match="full logits are made"):
-        got = step(model)
-    torch.testing.assert_close(got[0].loss, want[0].loss)
-
-
-def test_the_default_configuration_is_hashable_and_plain() -> None:
-    assert LigerConfig() == LigerConfig.of(None) and hash(LigerConfig()) == hash(LigerConfig.of({}))
+    assert not any(p.requires_grad for p in model.train(True, freeze=True).parameters())
+    twin = copy.copy(model)
+    assert not twin.eval().training and model.training

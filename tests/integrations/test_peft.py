@@ -194,3 +194,17 @@ def test_adapters_of_stacked_experts() -> None:
     model = wrap(build(**moe), **lora)
     apply(model)
     assert_same(step(model), want)
+
+
+@pytest.mark.parametrize("where", ["lora_B.default", "base_layer"])
+def test_a_hook_within_an_adapter_is_not_passed_over(where: str) -> None:
+    def hooked() -> Any:
+        model = wrap(build(), **LORA["head"])
+        model.base_model.model.lm_head.get_submodule(where).register_forward_hook(
+            lambda module, args, out: out * 3
+        )
+        return model
+
+    want, model = step(hooked()), hooked()
+    apply(model)
+    assert_same(step(model), want, V)

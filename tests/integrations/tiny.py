@@ -46,3 +46,11 @@ def assert_same(got: Any, want: Any, width: int = 0) -> None:
     for name, gradient in want[1].items():
         error = (got[1][name] - gradient).norm()
         assert error <= 1e-5 * gradient.norm(), f"{name}: {error:.1e} of {gradient.norm():.1e}"
+
+
+def state(model: nn.Module) -> list[Any]:
+    """Attributes, hooks and classes of all modules: what a patch may leave behind."""
+    return [
+        (set(vars(m)), set(m._forward_pre_hooks), set(m._forward_hooks), type(m))
+        for m in model.modules()
+    ]

@@ -10,17 +10,16 @@ learn from that call's output when its backward begins. Hence, while a model tra
     forward hook on the model       adds what was asked for besides to the outputs
 
 The sum is 0, and makes every hook on lm_head's output run in backward, before lm_head's own node.
-Whether the model scales or caps its logits is the recipe's to know; `loss_function` checks it.
+Scales and caps are the recipe's to know. `loss_function` raises where the model has done anything
+else to the logits or asks for another loss than the head has computed.
 """
 
 import inspect
-import itertools
+import re
 import warnings
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -34,116 +33,85 @@ from liger_core import (
 )
 from liger_core.ops.labels import IGNORE_INDEX
 from liger_kernel.config import LigerConfig
+from liger_kernel.transformers.layers import calls
+from liger_kernel.transformers.lora import added, inner, linear, sites
+from liger_kernel.transformers.note import Note, Ticket, note_of
 from liger_kernel.transformers.recipes import Recipe
 
-WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+if TYPE_CHECKING:
+    from liger_kernel.transformers.patch import Patch
+
 STATS = {"return_token_accuracy": "token_accuracy", "return_predicted_tokens": "predicted_tokens"}
+HARMLESS = re.compile(  # autograd nodes: views and casts; DeepSpeed's and DTensor's own
+    r"(ToCopy|(Unsafe)?View|Alias|Expand|Clone|Unsqueeze|Squeeze)Backward\d"
+    r"|.*(PreBackward|PostBackward|TorchTensor|Redistribute).*"
+)
 
 
-@dataclass(slots=True)
-class Note:
-    """What one call of the model and its lm_head tell each other. Empty between calls.
-
-    Numbers are tensors: torch.compile would specialise on others, and recompile every step.
-    """
-
-    y: Tensor | None = None
-    fuse: bool = False
-    total: Tensor | None = None
-    scan: LabelScan | None = None
-    token_scaling: bool = False
-    accum_dtype: torch.dtype | None = None
-    wanted: tuple[str, ...] = ()  # names of outputs
-    logits: Tensor | None = None  # what lm_head has returned
-    loss: Tensor | None = None
-    token_accuracy: Tensor | None = None
-    predicted_tokens: Tensor | None = None
-
-    def clear(self) -> None:
-        self.__init__()
-
-
-class Ticket:
-    """What lm_head holds in place of its note; a copy of the module gets a ticket of its own.
-
-    The notes themselves are kept here: torch.compile takes a tensor that hangs on a module to have
-    one shape for ever, and would recompile for every length of the labels.
-    """
-
-    def __init__(self) -> None:
-        self.number = next(_numbers)
-        _notes[self.number] = Note()
-        weakref.finalize(self, _notes.pop, self.number, None)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Ticket":
-        return Ticket()
-
-    def __reduce__(self) -> tuple[type["Ticket"], tuple[()]]:
-        return Ticket, ()
-
-
-_notes: dict[int, Note] = {}
-_numbers = itertools.count()
-
-
-def noted(head: nn.Module | None) -> tuple[nn.Module, Note] | None:
+def noted(head: Any) -> tuple[nn.Module, Note] | None:
     """The fused module whose output `head` returns and its note; None where there is none."""
-    at: Any = head
-    while at is not None:
-        if (ticket := at.__dict__.get("_liger_ticket")) is not None:
-            return at, _notes[ticket.number]
-        inner = at._modules
-        if "modules_to_save" in inner:  # PEFT; the condition is that of its own forward
-            name = None if at.disable_adapters else next(iter(at.active_adapters), None)
-            saved = inner["modules_to_save"]
-            at = saved[name] if name in saved else inner["original_module"]
-        else:
-            at = next((inner[name] for name in WRAPPERS if name in inner), None)
-    return None
+    while head is not None and (under := inner(head)) is not None:
+        head = under
+    if head is None or not (type(head) is nn.Linear or "base_layer" in head._modules):
+        return None
+    note = note_of(head)
+    return None if note is None else (head, note)
 
 
-def leave_note(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def leave_note(
+    recipe: Recipe, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Forward pre-hook of the model. What it takes out of kwargs is upstream's, not the model's."""
     kwargs = dict(kwargs)
     skip_logits = kwargs.pop("skip_logits", None)
     token_scaling, accum = kwargs.pop("use_token_scaling", False), kwargs.pop("accum_dtype", None)
     wanted = tuple(name for flag, name in STATS.items() if kwargs.pop(flag, False))
+    ignore_index = kwargs.get("ignore_index", IGNORE_INDEX)
     y, labels = kwargs.get("shift_labels"), _labels(model, args, kwargs)
+    shifted = y is not None
     if y is None and labels is not None:
-        y = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+        y = _shift(labels, ignore_index)
     elif y is not None and labels is None:
         kwargs["labels"] = y  # or the model would not call loss_function
     # Trainer asks for no logits and takes the labels out where a loss of its own needs logits
     fuse = y is not None and (model.training if skip_logits is None else skip_logits)
-    if (found := _find(model)) is None:
+    found, why = _fused(model)
+    if found is None:
         if fuse:
-            warnings.warn(
-                "lm_head was wrapped after it was patched, so that it cannot compute the loss "
-                "itself: full logits are made. Patch the model last.",
-                stacklevel=2,
-            )
+            warnings.warn(f"{why}: full logits are made. Patch the model last.", stacklevel=2)
         return args, kwargs
-    _, note = found
+    head, note = found
     note.clear()  # whatever a call that raised has left
-    note.y, note.wanted, note.fuse = y, wanted if y is not None else (), fuse
-    if fuse and y is not None:
+    if y is None:
+        return args, kwargs
+    note.labels, note.shifted = kwargs["shift_labels"] if shifted else labels, shifted
+    note.y, note.wanted, note.fuse, note.ignore_index = y, wanted, fuse, ignore_index
+    if fuse:
+        config: Any = model.config
+        note.softcap = getattr(config, recipe.softcap or "", None)
+        note.divisor = getattr(config, recipe.logits_divided_by or "", 1.0)
         note.total = _total(y, kwargs.get("num_items_in_batch"))
         note.token_scaling, note.accum_dtype = token_scaling, accum
         if not torch.compiler.is_compiling():
-            note.scan = LabelScan(y, _linear(found[0]).out_features)
-    elif token_scaling and y is not None:
+            note.scan = LabelScan(y, linear(head).out_features, ignore_index)
+    elif token_scaling:
         raise ValueError("use_token_scaling needs the fused head: train, or pass skip_logits=True")
     return args, kwargs
 
 
-def _find(model: nn.Module) -> tuple[nn.Module, Note] | None:
-    """`noted` of the model's head, which is fused again where it has changed since."""
+def _fused(model: nn.Module) -> tuple[tuple[nn.Module, Note] | None, str]:
+    """`noted` of the model's head, which is fused anew where it has changed, or why it is not."""
     head: Any = model.get_output_embeddings()  # pyright: ignore
     found = noted(head)
-    if found is None and not torch.compiler.is_compiling():
-        _fit(vars(model)["_liger_patch"], head)
+    if torch.compiler.is_compiling():
+        return found, "lm_head was wrapped after it was patched"
+    loss = vars(model).get("_loss_function")
+    if getattr(loss, "func", None) is not loss_function:
+        return None, "loss_function was set after the model was patched"
+    if found is None and head is not None:
+        _fuse_sites(vars(model)["_liger_patch"], head)
         found = noted(head)
-    return found
+    return found, "lm_head was wrapped after it was patched, and cannot compute the loss itself"
 
 
 def _labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -154,20 +122,21 @@ def _labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return args[at] if at < len(args) else None
 
 
+def _shift(labels: Tensor, ignore_index: int) -> Tensor:
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+
 def _total(y: Tensor, total: Tensor | float | None) -> Tensor | None:
     if isinstance(total, Tensor):
         return total.reshape(()).to(y.device)
     return None if total is None else torch.full((), total, dtype=torch.float32, device=y.device)
 
 
-def forward(
-    head: nn.Module, model_config: Any, recipe: Recipe, config: LigerConfig,
-    x: Tensor, *args: Any, **kwargs: Any,
-) -> Tensor:  # fmt: skip
+def forward(head: nn.Module, config: LigerConfig, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Replaces lm_head's forward: a linear layer's, or that of PEFT's LoRA around one."""
-    note = _notes[head.__dict__["_liger_ticket"].number]
-    options = _options(head, x, *args, **kwargs) if note.fuse else None
-    if (y := note.y) is None or options is None:
+    note = note_of(head)
+    options = added(head, x, *args, **kwargs) if note is not None and note.fuse else None
+    if note is None or (y := note.y) is None or options is None:
         return type(head).forward(head, x, *args, **kwargs)
     note.fuse = False
     if x.shape[:-1] != y.shape:
@@ -179,12 +148,13 @@ def forward(
     accum = note.accum_dtype or config.accum_dtype
     out = (linear_cross_entropy_stats if note.wanted else linear_cross_entropy)(
         x,
-        _linear(head).weight,
+        linear(head).weight,
         y.to(x.device),
         total=None if note.total is None else note.total.to(x.device),
         token_scaling=note.token_scaling,
-        softcap=getattr(model_config, recipe.softcap or "", None),
-        scale=1 / getattr(model_config, recipe.logits_divided_by or "", 1.0),
+        ignore_index=note.ignore_index,
+        softcap=note.softcap,
+        scale=1 / note.divisor,
         labels=note.scan if y.device == x.device else None,
         memory_budget=config.memory_budget,
         accum_dtype=getattr(torch, accum) if isinstance(accum, str) else accum,
@@ -196,69 +166,88 @@ def forward(
     else:
         note.loss, _, note.token_accuracy, note.predicted_tokens = out
     note.logits = note.loss.to(x.dtype).expand(*x.shape[:-1], 0)
+    if not torch.compiler.is_compiling():
+        note.version = note.logits._version
     return note.logits
-
-
-def _linear(head: Any) -> nn.Linear:
-    return head if type(head) is nn.Linear else head.base_layer
-
-
-def _options(head: Any, x: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
-    """Bias and LoRA of the head, as PEFT's forward has them; None where they are more than that."""
-    base = _linear(head)
-    if base is head or head.merged or head.disable_adapters:
-        return (
-            None if base is not head and head.merged and head.disable_adapters else {"b": base.bias}
-        )
-    active = [name for name in head.active_adapters if name in head.lora_A]
-    if kwargs or args or any(name in head.lora_variant for name in active):
-        return None
-    b, us, vs = base.bias, [], []
-    for name in active:
-        A, B, s = head.lora_A[name], head.lora_B[name], head.scaling[name]
-        u = A(head.lora_dropout[name](head._cast_input_dtype(x, A.weight.dtype))) * s
-        us.append(u.to(x.dtype))
-        vs.append(B.weight.to(base.weight.dtype))
-        if B.bias is not None:
-            b = b + (B.bias * s).to(b.dtype)
-    return {"b": b} | ({"low_rank": (torch.cat(us, -1), torch.cat(vs, -1))} if us else {})
 
 
 def loss_function(
     model: nn.Module, config: LigerConfig, recipe: Recipe, original: Callable[..., Tensor],
-    logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any,
+    logits: Tensor, labels: Tensor | None, vocab_size: int | None = None,
+    num_items_in_batch: Tensor | float | None = None, ignore_index: int = IGNORE_INDEX,
+    shift_labels: Tensor | None = None, **kwargs: Any,
 ) -> Tensor:  # fmt: skip
-    """Replaces the model's `loss_function`."""
+    """Replaces the model's `loss_function`, transformers' ForCausalLMLoss."""
     found = noted(model.get_output_embeddings())  # pyright: ignore
-    if found is not None and (loss := found[1].loss) is not None:
-        ours, found[1].loss, found[1].logits = found[1].logits, None, None
-        if not (recipe.softcap or recipe.logits_divided_by) and (op := _changed(logits, ours)):
+    if found is not None and (loss := found[1].loss) is not None and logits.shape[-1] == 0:
+        head, note = found
+        why = _another_loss(note, labels, shift_labels, num_items_in_batch, ignore_index)
+        if vocab_size not in (None, linear(head).out_features):
+            why = f"counts {vocab_size} classes of the head's {linear(head).out_features}"
+        if why := why or _changed(note, recipe, logits):
+            note.clear()
             raise RuntimeError(
-                f"{type(model).__name__} changes the logits after its head ({op}), which the fused "
-                f"head does not know of; pass fused_head=False"
+                f"{type(model).__name__} {why}, which its fused head does not know of; "
+                f"pass fused_head=False"
             )
-        return loss + logits.sum()
+        note.loss = note.logits = None
+        return loss + logits.sum(dtype=loss.dtype)
     if not config.cross_entropy:
-        return original(logits, labels, *args, **kwargs)
-    return causal_lm_loss(
-        logits, labels, kwargs.get("num_items_in_batch"), kwargs.get("shift_labels"), config
-    )
+        return original(
+            logits, labels, vocab_size, num_items_in_batch=num_items_in_batch,
+            ignore_index=ignore_index, shift_labels=shift_labels, **kwargs,
+        )  # fmt: skip
+    if shift_labels is None and labels is not None:
+        shift_labels = _shift(labels, ignore_index)
+    assert shift_labels is not None
+    y = shift_labels.to(logits.device)
+    return cross_entropy(
+        logits, y, reduction="mean" if num_items_in_batch is None else "sum",
+        total=_total(y, num_items_in_batch), ignore_index=ignore_index, impl=config.impl,
+    )  # fmt: skip
 
 
-UNCHANGED = ("ToCopy", "View", "Slice", "Alias", "Expand", "Clone", "Unsqueeze", "Squeeze")
-
-
-def _changed(logits: Tensor, ours: Tensor | None) -> str:
-    """The autograd operation between what the head returned and what the loss is given, or ""."""
-    if torch.compiler.is_compiling() or ours is None or logits is ours:
+def _another_loss(
+    note: Note, labels: Tensor | None, shift_labels: Tensor | None,
+    total: Tensor | float | None, ignore_index: int,
+) -> str:  # fmt: skip
+    """In what the loss that the model asks for is not the one that the head has computed."""
+    if ignore_index != note.ignore_index or (total is None) != (note.total is None):
+        return "ignores another label or counts another way than it was told"
+    if torch.compiler.is_compiling():
         return ""
+    if shift_labels is not None:
+        same, theirs = note.shifted and shift_labels is note.labels, shift_labels
+    else:
+        same = not note.shifted and labels is note.labels
+        theirs = None if same or labels is None else _shift(labels, ignore_index)
+    ours = note.y
+    if not same and ours is not None and theirs is not None:
+        same = torch.equal(ours, theirs.to(ours.device))
+    return "" if same else "has other labels for its loss than it was given"
+
+
+def _changed(note: Note, recipe: Recipe, logits: Tensor) -> str:
+    """What has become of the logits since the head returned them, or ""."""
+    ours = note.logits
+    if torch.compiler.is_compiling() or ours is None or logits.grad_fn is None:
+        if note.checked or logits is ours:
+            return ""
+        return "may change its logits, and without a step in eager mode first nobody can tell"
+    capped, divided = note.softcap is not None, recipe.logits_divided_by is not None
+    expected = ["Mul", "Tanh", "Div"] if capped else ["Div"] if divided else []
     at, end = logits.grad_fn, ours.grad_fn
+    ops: list[str] = []
     while at is not None and at is not end:
-        op = at.name().removeprefix("Unsafe")
-        if op.endswith("0") and not op.startswith(UNCHANGED):  # others are engines' own
-            return op
+        if not HARMLESS.fullmatch(at.name()):
+            ops.append(at.name().removesuffix("Backward0"))
         at = at.next_functions[0][0] if at.next_functions else None
-    return ""
+    if at is not end or ours._version != note.version:
+        ops.append("an operation in place")
+    if ops == expected:
+        note.checked = True
+        return ""
+    return f"changes the logits after its head ({', '.join(ops) or 'not as usual'})"
 
 
 def add_stats(model: nn.Module, args: Any, output: Any) -> None:
@@ -268,7 +257,7 @@ def add_stats(model: nn.Module, args: Any, output: Any) -> None:
     note = found[1]
     if note.wanted and hasattr(output, "logits"):
         if note.predicted_tokens is None and note.y is not None:  # of logits that were made
-            best, scored = output.logits.argmax(-1), note.y != IGNORE_INDEX
+            best, scored = output.logits.argmax(-1), note.y != note.ignore_index
             note.predicted_tokens = best.masked_fill(~scored, -1)
             hits = ((best == note.y) & scored).sum()
             note.token_accuracy = hits / scored.sum().clamp_min(1)
@@ -277,51 +266,21 @@ def add_stats(model: nn.Module, args: Any, output: Any) -> None:
     note.clear()
 
 
-def causal_lm_loss(
-    logits: Tensor, labels: Tensor, total: Tensor | float | None, shifted: Tensor | None,
-    config: LigerConfig,
-) -> Tensor:  # fmt: skip
-    """Cross entropy of full logits (B, T, V): mean over scored labels, or their sum / total."""
-    y = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if shifted is None else shifted
-    y = y.to(logits.device)
-    reduction = "mean" if total is None else "sum"
-    return cross_entropy(logits, y, reduction=reduction, total=_total(y, total), impl=config.impl)
-
-
-def _sites(head: nn.Module) -> list[nn.Module]:
-    """The modules that may be the head's own product: plain linears, LoRA around one."""
-    inner: Any = head._modules
-    if "modules_to_save" in inner:
-        return [*_sites(inner["original_module"]), *_sites(inner["modules_to_save"])]
-    if isinstance(head, nn.ModuleDict):
-        return [site for module in head.values() for site in _sites(module)]
-    if (name := next((n for n in WRAPPERS if n in inner), None)) is not None:
-        return _sites(inner[name])
-    lora = type(head).__module__ == "peft.tuners.lora.layer" and type(head).__name__ == "Linear"
-    plain = type(inner.get("base_layer") if lora else head) is nn.Linear
-    return [head] if plain and not getattr(head, "fan_in_fan_out", False) else []
-
-
-def _fit(patch: Any, head: nn.Module) -> str | None:
+def _fuse_sites(patch: "Patch", head: nn.Module) -> str | None:
     """Put the fused forward into the head as it is now, or say why not."""
-    if not (sites := _sites(head)):
+    if not (found := sites(head)):
         return f"{type(head).__name__} is more than a matrix product"
     paths = {module: path for path, module in patch.model.named_modules()}
-    for site in sites:
+    known = patch.recipe is not None and bool(patch.recipe.parts)
+    for site in found:
         if "_liger_ticket" not in vars(site):
-            new = partial(forward, site, patch.model.config, patch.recipe, patch.config)
+            new = partial(forward, site, patch.config)
             patch.replace(paths[site], site, new, "fused linear cross entropy")
-            patch.set(site, "_liger_ticket", Ticket())
+            patch.set(site, "_liger_ticket", Ticket(checked=known))
     return None
 
 
-def _calls_loss_function(model: nn.Module) -> bool:
-    """Whether the forward of the model's class asks `self.loss_function` for the loss."""
-    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
-    return code is not None and "loss_function" in code.co_names
-
-
-def fuse(patch: Any) -> str | None:
+def fuse(patch: "Patch", recipe: Recipe) -> str | None:
     """Fuse the head of the patch's model, or say why not. Without `fused_head`: its loss alone."""
     model, config = patch.model, patch.config
     if not (config.fused_head or config.cross_entropy):
@@ -329,18 +288,21 @@ def fuse(patch: Any) -> str | None:
     head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         return "the model has no language-model head"
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
     original: Any = model.loss_function
-    if getattr(original, "__name__", "") != "ForCausalLMLoss":
-        return f"the model's loss is {getattr(original, '__name__', original)}, not ForCausalLMLoss"
-    if not _calls_loss_function(model):
+    if original is not ForCausalLMLoss:
+        name = getattr(original, "__qualname__", original)
+        return f"the model's loss is {name}, not transformers' ForCausalLMLoss"
+    if not calls(inspect.unwrap(type(model).forward), "loss_function"):
         return f"the forward of {type(model).__name__} computes its loss itself"
     if config.fused_head:
-        if (why := _fit(patch, head)) is not None:
+        if (why := _fuse_sites(patch, head)) is not None:
             return why
-        patch.undo(model.register_forward_pre_hook(leave_note, with_kwargs=True).remove)
-        patch.undo(model.register_forward_hook(add_stats).remove)
+        before = partial(leave_note, recipe)
+        patch.undo(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+        patch.undo(model.register_forward_hook(add_stats, always_call=True).remove)
     if config.cross_entropy:
         patch.record("", model, "cross entropy")
-    loss = partial(loss_function, model, config, patch.recipe, original)
-    patch.set(model, "_loss_function", loss)
+    patch.set(model, "_loss_function", partial(loss_function, model, config, recipe, original))
     return None

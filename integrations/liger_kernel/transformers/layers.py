@@ -33,20 +33,35 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+ROTARY = {
+    "half": {
+        "apply_rotary_pos_emb": liger_rotary_pos_emb,
+        "apply_multimodal_rotary_pos_emb": liger_multimodal_rotary_pos_emb,
+    },
+    "interleaved": {"apply_rotary_pos_emb": partial(liger_rotary_pos_emb, interleaved=True)},
+    "vision": {"apply_rotary_pos_emb_vision": liger_rotary_pos_emb_vision},
+}
+"""What an attention's forward calls, and what it is to call instead."""
+
+
 def replacement(
     module: nn.Module, part: Part, config: LigerConfig
 ) -> tuple[str, Callable[..., Any], str] | str:
     """(attribute, what to put there, the op's name for the report), or why not."""
-    impl = config.impl
-    if isinstance(part, Norm):
-        return "forward", partial(_norm, module, part, impl), "rms_norm"
-    if isinstance(part, LayerNorm):
-        return "forward", partial(_layer_norm, module, impl), "layer_norm"
+    impl, fn = config.impl, type(module).forward
     if isinstance(part, Rope):
-        if not any(_calls(type(module), name) for name in ROTARY[part.kind]):
+        if not any(calls(fn, name) for name in ROTARY[part.kind]):
             return f"its forward does not call {' or '.join(ROTARY[part.kind])}"
         _rebind(type(module), part, impl)
         return "forward", partial(_attention, module, part, impl), "rope"
+    if not fn.__module__.startswith(("transformers.models.", "torch.nn.")):
+        return f"its forward is {fn.__module__}'s own"
+    if isinstance(part, Norm):
+        return "forward", partial(_norm, module, part, impl), "rms_norm"
+    if isinstance(part, LayerNorm):
+        if len(cast(nn.LayerNorm, module).normalized_shape) != 1:
+            return "it normalises over several dimensions"
+        return "forward", partial(_layer_norm, module, impl), "layer_norm"
     return _glu(module, part, config)
 
 
@@ -56,12 +71,20 @@ def _glu(
     fn: Any = getattr(module, part.act)
     if (act := _activations().get(type(fn))) is None:
         return f"its activation is {type(fn).__name__}"
+    if fn._forward_hooks or fn._forward_pre_hooks:
+        return "its activation has hooks"
     bound = module, act, config.impl, config.mlp_inplace
     if part.kind == "experts":
         if getattr(module.config, "_experts_implementation", None) == "eager":
             return "its experts run one by one; see set_experts_implementation"
         return "_apply_gate", partial(packed_gate, *bound[1:]), f"glu[{act}]"
     return "forward", partial(gated if part.kind == "split" else packed, *bound), f"glu[{act}]"
+
+
+def calls(forward: Callable[..., Any], name: str) -> bool:
+    """Whether the function names this global or attribute."""
+    code = getattr(forward, "__code__", None)
+    return code is not None and name in code.co_names
 
 
 @cache
@@ -77,20 +100,12 @@ def _norm(module: nn.Module, part: Norm, impl: Impl, x: Tensor) -> Tensor:
 
 
 def _layer_norm(module: Any, impl: Impl, input: Tensor) -> Tensor:
-    if torch.is_autocast_enabled(input.device.type):  # which runs torch's own in fp32
+    device = input.device.type  # autocast runs torch's own in fp32, but on CPUs
+    if device != "cpu" and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         input = input.float()
     return layer_norm(input, module.weight, module.bias, module.eps, impl=impl)
 
 
-ROTARY = {
-    "half": {
-        "apply_rotary_pos_emb": liger_rotary_pos_emb,
-        "apply_multimodal_rotary_pos_emb": liger_multimodal_rotary_pos_emb,
-    },
-    "interleaved": {"apply_rotary_pos_emb": partial(liger_rotary_pos_emb, interleaved=True)},
-    "vision": {"apply_rotary_pos_emb_vision": liger_rotary_pos_emb_vision},
-}
-"""What an attention's forward calls, and what it is to call instead."""
 _WITH_ROTARY: dict[tuple[type, Impl], types.FunctionType] = {}  # torch.compile cannot trace a cache
 
 
@@ -117,8 +132,3 @@ def _rebind(cls: type, part: Rope, impl: Impl) -> None:
     own = types.FunctionType(fn.__code__, vars(copy), fn.__name__, fn.__defaults__, fn.__closure__)
     own.__kwdefaults__ = fn.__kwdefaults__
     _WITH_ROTARY[cls, impl] = own
-
-
-def _calls(cls: type, name: str) -> bool:
-    code = getattr(cls.forward, "__code__", None)  # pyright: ignore
-    return code is not None and name in code.co_names

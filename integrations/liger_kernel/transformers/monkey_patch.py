@@ -29,34 +29,39 @@ _building = threading.local()  # depth of constructors: only the outermost model
 class ClassPatch:
     """Models of one family are patched when they are built. A context manager, as `Patch` is."""
 
-    folders: tuple[str, ...]  # of transformers.models
     config: LigerConfig
-    _originals: dict[type, Callable[..., None]] = field(
-        default_factory=dict[type, Callable[..., None]]
-    )
+    _originals: dict[str, dict[type, Callable[..., None]]] = field(
+        default_factory=dict[str, dict[type, Callable[..., None]]]
+    )  # by folder of transformers.models
 
-    def install(self) -> "ClassPatch":
-        for folder in self.folders:
-            CLASS_PATCHES[folder] = self
-            module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
-            for cls in vars(module).values():
-                if (
-                    isinstance(cls, type)
-                    and issubclass(cls, PreTrainedModel)
-                    and cls.__module__ == module.__name__
-                    and "__init__" in vars(cls)
-                ):
-                    self._originals[cls] = cls.__init__
-                    cls.__init__ = _patching(cls.__init__, self.config)
-        return self
+    def install(self, folder: str) -> None:
+        """In place of the folder's patch, if there is one."""
+        if (there := CLASS_PATCHES.get(folder)) is not None:
+            there.remove(folder)
+        CLASS_PATCHES[folder], originals = self, self._originals.setdefault(folder, {})
+        module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+        for cls in vars(module).values():
+            if (
+                isinstance(cls, type)
+                and issubclass(cls, PreTrainedModel)
+                and cls.__module__ == module.__name__
+                and "__init__" in vars(cls)
+            ):
+                originals[cls] = cls.__init__
+                cls.__init__ = _patching(cls.__init__, self, folder)
+
+    def remove(self, folder: str) -> None:
+        """Take it out of one folder; what others have put around it stays, and does nothing."""
+        for cls, original in self._originals.pop(folder, {}).items():
+            if getattr(cls.__init__, "__wrapped__", None) is original:
+                cls.__init__ = original
+        if CLASS_PATCHES.get(folder) is self:
+            del CLASS_PATCHES[folder]
 
     def revert(self) -> None:
         """Models built from now on are left alone; those built before keep their patch."""
-        for cls, original in self._originals.items():
-            cls.__init__ = original  # pyright: ignore
-        self._originals.clear()
-        for folder in self.folders:
-            CLASS_PATCHES.pop(folder, None)
+        for folder in list(self._originals):
+            self.remove(folder)
 
     def __enter__(self) -> "ClassPatch":
         return self
@@ -68,7 +73,7 @@ class ClassPatch:
 CLASS_PATCHES: dict[str, ClassPatch] = {}
 
 
-def _patching(init: Callable[..., None], config: LigerConfig) -> Callable[..., None]:
+def _patching(init: Callable[..., None], patch: ClassPatch, folder: str) -> Callable[..., None]:
     @functools.wraps(init)
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         depth = getattr(_building, "depth", 0)
@@ -77,8 +82,9 @@ def _patching(init: Callable[..., None], config: LigerConfig) -> Callable[..., N
             init(self, *args, **kwargs)
         finally:
             _building.depth = depth
-        if depth == 0 and getattr(self.config, "model_type", None) in RECIPES:
-            _keep_first(self, config)
+        known = getattr(self.config, "model_type", None) in RECIPES
+        if depth == 0 and known and folder in patch._originals:
+            _keep_first(self, patch.config)
 
     return wrapper
 
@@ -94,11 +100,7 @@ def _keep_first(model: nn.Module, config: LigerConfig) -> Patch:
 
 
 ALSO = {"glm4": ("glm",)}
-"""Families that upstream's function of this one serves too."""
-
-
-def _folders(family: str) -> tuple[str, ...]:
-    return tuple(RECIPES[name].module or name for name in (family, *ALSO.get(family, ())))
+"""Families that one's function serves too: LLaMA-Factory calls that of glm4 for both."""
 
 
 def _flags(recipe: Recipe) -> list[str]:
@@ -110,7 +112,7 @@ def _flags(recipe: Recipe) -> list[str]:
     return known if glu is None else [*known, glu]
 
 
-class Hook:
+class ApplyFunction:
     """`apply_liger_kernel_to_<family>`: patch `model`, or every model of the family built later.
 
     Args:
@@ -152,20 +154,22 @@ class Hook:
         config = LigerConfig.of({name: bool(on) for name, on in flags.items()})
         if model is not None:
             return _keep_first(model, config)
-        there = [CLASS_PATCHES.get(folder) for folder in _folders(self.family)]
-        if there[0] is not None and all(p is not None and p.config == config for p in there):
+        folders = [RECIPES[name].folder for name in (self.family, *ALSO.get(self.family, ()))]
+        there = [CLASS_PATCHES.get(folder) for folder in folders]
+        if there[0] is not None and all(p is there[0] for p in there) and there[0].config == config:
             return there[0]
-        for patch in there:
-            if patch is not None:
-                patch.revert()
-        return ClassPatch(_folders(self.family), config).install()
+        patch = ClassPatch(config)
+        for folder in folders:
+            patch.install(folder)
+        return patch
 
 
-HOOKS = {family: Hook(family) for family in FAMILIES}
-globals().update({hook.__name__: hook for hook in HOOKS.values()})
+APPLY_FUNCTIONS = {family: ApplyFunction(family) for family in FAMILIES}
+globals().update({fn.__name__: fn for fn in APPLY_FUNCTIONS.values()})
 
-MODEL_TYPE_TO_APPLY_LIGER_FN: dict[str, Hook] = {
-    name: HOOKS.get(name) or HOOKS[recipe.module or name] for name, recipe in RECIPES.items()
+MODEL_TYPE_TO_APPLY_LIGER_FN: dict[str, ApplyFunction] = {
+    name: APPLY_FUNCTIONS.get(name) or APPLY_FUNCTIONS[recipe.folder]
+    for name, recipe in RECIPES.items()
 }
 
 
@@ -174,16 +178,17 @@ def _apply_liger_kernel(model_type: str, **kwargs: Any) -> None:
 
     A type without a recipe is logged and left alone.
     """
-    if (hook := MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)) is None:
+    if (fn := MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)) is None:
         known = ", ".join(MODEL_TYPE_TO_APPLY_LIGER_FN)
         logger.info("no recipe for model type %r, nothing is patched; known: %s", model_type, known)
         return
-    hook(**kwargs)
-    models = [o for o in gc.get_objects() if issubclass(type(o), PreTrainedModel)]
+    fn(**kwargs)
+    objects = [o for o in gc.get_objects() if issubclass(type(o), PreTrainedModel)]
+    models = [model for model in objects if "_modules" in vars(model)]  # others are being built
     inner = {id(part) for model in models for part in model.modules() if part is not model}
     for model in models:
         if id(model) not in inner and model.config.model_type == model_type:
-            hook(**kwargs, model=model)
+            fn(**kwargs, model=model)
 
 
 def _apply_liger_kernel_to_instance(model: nn.Module, **kwargs: Any) -> None:
@@ -194,14 +199,14 @@ def _apply_liger_kernel_to_instance(model: nn.Module, **kwargs: Any) -> None:
     the first patch of a model stays.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    hook = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)  # pyright: ignore
-    if hook is None and not kwargs.get("generic"):
+    fn = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)  # pyright: ignore
+    if fn is None and not kwargs.get("generic"):
         known = ", ".join(MODEL_TYPE_TO_APPLY_LIGER_FN)
         logger.warning(
             "no recipe for model type %r, the model is not patched; known: %s", model_type, known
         )
         return
-    names = {*NAMES, *(inspect.signature(hook).parameters if hook else ())}
+    names = {*NAMES, *(inspect.signature(fn).parameters if fn else ())}
     if dropped := [name for name in kwargs if name not in names]:
         logger.warning("%s has no option %s; ignored", model_type, ", ".join(dropped))
     flags = {*UPSTREAM, *FLAGS}  # of which frameworks leave some at None

@@ -1,5 +1,6 @@
 """Put liger_core's ops into one model instance, say what changed, and take it all back."""
 
+import operator
 import types
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from liger_core.dispatch import use_triton
 from liger_kernel.config import LigerConfig, disabled
 from liger_kernel.transformers import head
 from liger_kernel.transformers.layers import replacement
-from liger_kernel.transformers.recipes import FIELDS, RECIPES, Recipe
+from liger_kernel.transformers.recipes import RECIPES, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,6 @@ class Change:
     path: str
     before: str
     after: str
-    scope: str = "instance"
 
 
 @dataclass(slots=True)
@@ -37,12 +37,11 @@ class Patch:
     changes: list[Change] = field(default_factory=list[Change])
     left: dict[str, str] = field(default_factory=dict[str, str])
     _undo: list[Callable[[], object]] = field(default_factory=list[Callable[[], object]])
-    _forwards: dict[nn.Module, object] = field(default_factory=dict[nn.Module, object])
 
     def set(self, module: nn.Module, attr: str, value: object) -> None:
         """Shadow `module.attr` on this instance only."""
         own = vars(module)
-        self.undo(partial(_restore, module, attr, attr in own, own.get(attr)))
+        self.undo(partial(_restore, module, attr, attr in own, own.get(attr), value))
         own[attr] = value
 
     def undo(self, call: Callable[[], object]) -> None:
@@ -53,32 +52,23 @@ class Patch:
         """Put `new` where the module's class's forward is, within what was put around it.
 
         accelerate's hooks keep what they wrap as `_old_forward`; transformers' tensor parallelism
-        keeps it in a closure.
+        keeps it in a closure, of which a copy is made.
 
         Raises:
             RuntimeError: something else has taken the forward's place.
         """
         attr = "_old_forward" if "_old_forward" in vars(module) else "forward"
         there = vars(module).get(attr)
-        if there is None or _is_own(there, module) or _kernelized(module):
-            self.set(module, attr, new)
-            self._forwards[module] = new
-        elif (wrapper := _wrapper(there, module)) is not None:
-            self.undo(partial(_put_in, *wrapper, wrapper[0].__closure__[wrapper[1]].cell_contents))
-            _put_in(*wrapper, new)
-        else:
-            raise RuntimeError(
-                f"{path} ({type(module).__name__}) has had its forward replaced already, by "
-                f"{getattr(there, '__qualname__', type(there).__name__)}; undo that first, or turn "
-                f"this part off in liger_config"
-            )
+        if there is not None and not _is_own(module, there) and not _kernelized(module):
+            if (wrapper := _rewired(there, partial(_is_own, module), new)) is None:
+                raise RuntimeError(
+                    f"{path} ({type(module).__name__}) has had its forward replaced already, by "
+                    f"{getattr(there, '__qualname__', type(there).__name__)}; undo that first, or "
+                    f"turn this part off in liger_config"
+                )
+            new = wrapper
+        self.set(module, attr, new)
         self.record(path, module, after)
-
-    def put_back(self) -> None:
-        """Undo what train() and eval() do to our forwards in a model with `use_kernels=True`."""
-        for module, new in self._forwards.items():
-            if _kernelized(module):
-                vars(module)["forward"] = new
 
     def record(self, path: str, module: nn.Module, after: str) -> None:
         """Note a replacement for the report."""
@@ -96,7 +86,6 @@ class Patch:
             self._undo.pop()()
         self.changes.clear()
         self.left.clear()
-        self._forwards.clear()
 
     def __enter__(self) -> "Patch":
         return self
@@ -105,24 +94,34 @@ class Patch:
         self.revert()
 
     def __str__(self) -> str:
-        kinds = Counter((c.before, c.after, c.scope) for c in self.changes)
-        lines = [
-            f"  {before} x{n} -> {after}{'' if scope == 'instance' else f' (scope={scope})'}"
-            for (before, after, scope), n in kinds.items()
-        ]
+        kinds = Counter((c.before, c.after) for c in self.changes)
+        lines = [f"  {before} x{n} -> {after}" for (before, after), n in kinds.items()]
         lines += [f"  {part}: left as it is, {why}" for part, why in self.left.items()]
         name = type(self.model).__name__
         return "\n".join([f"liger: {len(self.changes)} modules of {name} patched", *lines])
 
 
-def _restore(module: nn.Module, attr: str, had: bool, value: object) -> None:
-    if had:
-        vars(module)[attr] = value
-    else:
-        vars(module).pop(attr, None)
+def _restore(module: nn.Module, attr: str, had: bool, before: object, ours: object) -> None:
+    """Put `before` where `ours` is now: others may have moved it, or put something around it."""
+    own = vars(module)
+    if own.get(attr) is ours:
+        if had:
+            own[attr] = before
+        else:
+            del own[attr]
+        return
+    if attr not in ("forward", "_old_forward", "train"):
+        return
+    before = before if had else types.MethodType(getattr(type(module), attr), module)
+    for name in ("train",) if attr == "train" else ("forward", "_old_forward"):
+        there = own.get(name)
+        now = before if there is ours else _rewired(there, partial(operator.is_, ours), before)
+        if now is not None:
+            own[name] = now
+            return
 
 
-def _is_own(fn: object, module: nn.Module) -> bool:
+def _is_own(module: nn.Module, fn: object) -> bool:
     """Whether fn is the bound forward of the module's class."""
     own = type(module).forward
     return getattr(fn, "__self__", None) is module and getattr(fn, "__func__", None) is own
@@ -135,27 +134,40 @@ def _kernelized(module: nn.Module) -> bool:
     return bound and hasattr(type(module), "kernel_layer_name")
 
 
-def _wrapper(fn: Any, module: nn.Module) -> tuple[Any, int] | None:
-    """The function, fn or one within it, in whose closure the class's forward is, and its cell."""
-    for i, cell in enumerate(getattr(fn, "__closure__", None) or ()):
-        if _is_own(cell.cell_contents, module):
-            return fn, i
-        if (found := _wrapper(cell.cell_contents, module)) is not None:
-            return found
-    return None
+def _rewired(
+    fn: object, is_it: Callable[[object], bool], new: object, within: tuple[object, ...] = ()
+) -> types.FunctionType | None:
+    """A copy of fn with `new` for what its closure, or one within, holds; None if it does not."""
+    if not isinstance(fn, types.FunctionType) or fn in within:
+        return None
+    cells, found = list[types.CellType](), False
+    for cell in fn.__closure__ or ():
+        try:
+            held = cell.cell_contents
+        except ValueError:  # not set yet
+            held = None
+        put = new if is_it(held) else _rewired(held, is_it, new, (*within, fn))
+        cells.append(cell if put is None else types.CellType(put))
+        found |= put is not None
+    if not found:
+        return None
+    copy = types.FunctionType(
+        fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, tuple(cells)
+    )
+    copy.__kwdefaults__, copy.__dict__ = fn.__kwdefaults__, fn.__dict__  # counters and the like
+    return copy
 
 
-def _put_in(wrapper: Any, cell: int, value: object) -> None:
-    wrapper.__closure__[cell].cell_contents = value
-
-
-def _train(
-    model: nn.Module, below: Callable[..., nn.Module] | None, mode: bool = True
-) -> nn.Module:
-    """Replaces the model's `train`, which `eval` calls too."""
-    out = type(model).train(model, mode) if below is None else below(mode)
-    if (patch := patch_of(model)) is not None:
-        patch.put_back()
+def _train(model: nn.Module, below: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """Replaces the `train` of a model that uses kernels, which binds forwards anew there."""
+    kept = {
+        module: vars(module)["forward"]
+        for module in model.modules()
+        if "forward" in vars(module) and not _kernelized(module)
+    }
+    out = (partial(type(model).train, model) if below is None else below)(*args, **kwargs)
+    for module, forward in kept.items():
+        vars(module)["forward"] = forward
     return out
 
 
@@ -168,7 +180,7 @@ def _no_replica(name: str) -> nn.Module:
 
 def _layers(patch: Patch, recipe: Recipe) -> None:
     """Replace the forwards that the recipe names and the configuration asks for."""
-    wanted = {cls: part for cls, part in recipe.parts.items() if _asked(patch.config, part)}
+    wanted = {cls: p for cls, p in recipe.parts.items() if getattr(patch.config, p.field)}
     done: set[str] = set()
     why: dict[str, str] = {}
     for path, module in list(patch.model.named_modules()):
@@ -176,7 +188,7 @@ def _layers(patch: Patch, recipe: Recipe) -> None:
             continue
         new = replacement(module, part, patch.config)
         if isinstance(new, str):
-            why[FIELDS[type(part)]] = f"{path} ({type(module).__name__}): {new}"
+            why[part.field] = f"{path} ({type(module).__name__}): {new}"
             continue
         attr, fn, op = new
         if attr == "forward":
@@ -184,20 +196,16 @@ def _layers(patch: Patch, recipe: Recipe) -> None:
         else:
             patch.set(module, attr, fn)
             patch.record(path, module, op)
-        done.add(FIELDS[type(part)])
-    for name in dict.fromkeys(FIELDS[type(part)] for part in wanted.values()):
+        done.add(part.field)
+    for name in dict.fromkeys(part.field for part in wanted.values()):
         if name in why or name not in done:
-            classes = [cls for cls, part in wanted.items() if FIELDS[type(part)] == name]
+            classes = [cls for cls, part in wanted.items() if part.field == name]
             patch.leave(name, why.get(name, f"no {' or '.join(classes)} was found"))
     if wanted and not done:
         raise ValueError(
             f"the {recipe.model_type!r} recipe matches nothing in {type(patch.model).__name__}: "
             f"it looks for {', '.join(wanted)}"
         )
-
-
-def _asked(config: LigerConfig, part: object) -> bool:
-    return getattr(config, FIELDS[type(part)])
 
 
 def patch_of(model: nn.Module) -> Patch | None:
@@ -266,9 +274,10 @@ def apply(model: nn.Module, config: LigerConfig | Mapping[str, Any] | str | None
     _take_over(model, config)
     try:
         _layers(patch, recipe)
-        if (why := head.fuse(patch)) is not None:
+        if (why := head.fuse(patch, recipe)) is not None:
             patch.leave("fused_head", why)
-        patch.set(model, "train", partial(_train, model, vars(model).get("train")))
+        if getattr(model, "use_kernels", False):
+            patch.set(model, "train", partial(_train, model, vars(model).get("train")))
         refuse = partial(_no_replica, type(model).__name__)
         patch.set(model, "_replicate_for_data_parallel", refuse)
         patch.set(model, "_liger_patch", patch)

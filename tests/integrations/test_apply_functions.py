@@ -1,5 +1,6 @@
 """Upstream's `apply_liger_kernel_to_*` on a model, and before one is built, as frameworks do."""
 
+import functools
 import importlib
 import inspect
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 import liger_kernel.transformers as lk
 from liger_kernel.transformers import monkey_patch
 from liger_kernel.transformers.recipes import FAMILIES, RECIPES
-from tiny import TINY, V, assert_same, build, step
+from tiny import V, assert_same, build, step
 
 llama = lk.apply_liger_kernel_to_llama
 
@@ -72,13 +73,6 @@ def test_both_cross_entropies_are_refused() -> None:
         llama(cross_entropy=True, fused_linear_cross_entropy=True)
 
 
-def test_the_signature_is_explicit() -> None:
-    """LLaMA-Factory passes every name of the signature; nothing may hide behind **kwargs."""
-    assert list(inspect.signature(llama).parameters) == [
-        "rope", "cross_entropy", "fused_linear_cross_entropy", "rms_norm", "swiglu", "model"
-    ]  # fmt: skip
-
-
 def test_the_first_patch_of_an_instance_stays(caplog: Any) -> None:
     model = build()
     first = lk.apply(model, dict(rope=False))
@@ -102,31 +96,25 @@ def test_unknown_model_types_are_logged(caplog: Any) -> None:
     assert "'mamba', nothing is patched" in caplog.text and "type None" in caplog.text
 
 
-SIGNATURES = {
-    "llama": ["rms_norm", "swiglu"],
-    "gemma2": ["rms_norm", "geglu"],
-    "gemma3": ["layer_norm", "rms_norm", "geglu"],
-    "mllama": ["layer_norm", "rms_norm", "swiglu"],
-    "qwen2_vl": ["layer_norm", "rms_norm", "swiglu"],
-    "qwen2_5_vl": ["rms_norm", "swiglu"],
-}
+FLAGS = ["rope", "cross_entropy", "fused_linear_cross_entropy"]
+GATE = {"gemma": "geglu", "gemma2": "geglu", "gemma3": "geglu", "gemma3_text": "geglu"}
+TOWER = ("gemma3", "mllama", "qwen2_vl")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_its_function(family: str) -> None:
     """Explicit flags, none hidden: LLaMA-Factory passes every name that the signature has."""
-    hook = getattr(lk, f"apply_liger_kernel_to_{family}")
-    names = list(inspect.signature(hook).parameters)
-    assert names[:3] == ["rope", "cross_entropy", "fused_linear_cross_entropy"]
-    assert names[-1] == "model" and names[3:-1] == SIGNATURES.get(family, names[3:-1])
-    assert lk.__getattr__(hook.__name__) is hook and hook.__doc__
-    folder = RECIPES[family].module or family
+    fn = getattr(lk, f"apply_liger_kernel_to_{family}")
+    names = list(inspect.signature(fn).parameters)
+    tower = ["layer_norm"] if family in TOWER else []
+    assert names == [*FLAGS, *tower, "rms_norm", GATE.get(family, "swiglu"), "model"]
+    assert fn.__doc__ and fn.__name__ in dir(lk)
+    folder = RECIPES[family].folder
     modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
-    before = {
-        cls: vars(cls).get("__init__") for cls in vars(modeling).values() if type(cls) is type
-    }
-    with hook(**dict.fromkeys(names[:-1], False)) as patch:
-        assert patch._originals and folder in patch.folders
+    classes = [cls for cls in vars(modeling).values() if type(cls) is type]
+    before = {cls: vars(cls).get("__init__") for cls in classes}
+    with fn(**dict.fromkeys(names[:-1], False)):
+        assert {cls: vars(cls).get("__init__") for cls in before} != before
     assert {cls: vars(cls).get("__init__") for cls in before} == before
 
 
@@ -141,15 +129,45 @@ def test_every_model_type_has_a_function() -> None:
 
 
 def test_the_function_of_glm4_serves_glm() -> None:
-    small = TINY | dict(head_dim=8)
-    with lk.apply_liger_kernel_to_glm4(rope=False):
-        for model_type in ("glm", "glm4"):
-            patch = lk.patch_of(build(model_type=model_type, **small))
-            assert patch is not None and not patch.config.rope
-        with lk.apply_liger_kernel_to_glm():
-            patch = lk.patch_of(build(model_type="glm"))
-            assert patch is not None and patch.config.rope
-    assert lk.patch_of(build(model_type="glm")) is None and not monkey_patch.CLASS_PATCHES
+    def rope(model_type: str) -> bool | None:
+        patch = lk.patch_of(build(model_type=model_type))
+        return None if patch is None else patch.config.rope
+
+    first = lk.apply_liger_kernel_to_glm4(rope=False)
+    assert (rope("glm"), rope("glm4")) == (False, False)
+    second = lk.apply_liger_kernel_to_glm()
+    assert (rope("glm"), rope("glm4")) == (True, False)
+    first.revert()
+    assert (rope("glm"), rope("glm4")) == (True, None)
+    second.revert()
+    assert rope("glm") is None and not monkey_patch.CLASS_PATCHES
+
+
+def test_revert_undoes_its_own_alone() -> None:
+    first = llama()
+    first.revert()
+    second = llama(rope=False)
+    first.revert()
+    third = llama()
+    second.revert()
+    assert lk.patch_of(build()) is not None
+    third.revert()
+    assert lk.patch_of(build()) is None
+
+
+def test_a_constructor_that_is_wrapped_on_top_stays(monkeypatch: Any) -> None:
+    patch, calls = llama(), []
+    ours = LlamaForCausalLM.__init__
+
+    @functools.wraps(ours)
+    def wrapper(self: Any, *args: Any) -> None:
+        calls.append(ours(self, *args))
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", wrapper)
+    patch.revert()
+    assert lk.patch_of(build()) is None and len(calls) == 1
+    monkeypatch.undo()
+    LlamaForCausalLM.__init__ = ours.__wrapped__  # pyright: ignore
 
 
 def test_only_the_outermost_model_is_patched_and_others_are_not() -> None:
