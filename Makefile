@@ -14,28 +14,32 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 .PHONY: help demo test test-versions test-gpu test-slow bench lint format wheel clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.model ## fine-tune SmolLM2-135M plain and patched, and compare
 	$(BIN)/python examples/finetune.py --config configs/demo.yaml
 
-test: lint ## lint, type checks and the tests that need no GPU
+test: lint ## lint, type checks, the tests that need no GPU, and test-versions
 	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not slow"
 	@$(MAKE) --no-print-directory test-versions
 
 # Other versions lie in folders of their own, in front of the environment's. The first is tested
-# as the environment's own is, the others (the oldest, and what frameworks pin) by the families'
-# numbers and a training run; kernels, without what it needs to fetch and sign, by the tests that meet it.
-ADAPTERS := tests/integrations tests/test_cli.py
-SMOKE := tests/integrations/test_families.py tests/integrations/test_trainer.py -k "own or no_number"
+# as the environment's own is; the oldest, and what frameworks pin, by the families' numbers and a
+# training run; kernels, without what it needs to fetch and sign, by the test that meets it.
+ADAPTERS := tests/integrations tests/test_cli.py tests/test_check.py
+FAMILIES := tests/integrations/test_families.py::test_
+SMOKE := $(FAMILIES)loss_and_gradients_are_the_models_own \
+	$(FAMILIES)evaluation_gives_the_models_own_logits_and_loss \
+	tests/integrations/test_trainer.py::test_the_flag_changes_no_number
+KERNELS := tests/integrations/test_loop.py::test_use_kernels_meets_a_patch
 test-versions: $(VENV)/.ready ## the adapters' tests with other versions of transformers, and with kernels
 	$(call with,transformers==5.23.0,$(ADAPTERS))
 	$(call with,transformers==5.6.0 tokenizers==0.22.2,$(SMOKE))
 	$(call with,transformers==5.16.0,$(SMOKE))
 	$(call with,transformers==5.20.1,$(SMOKE))
-	$(call with,kernels==0.16.2 kernels-data==0.16.2,tests/integrations/test_loop.py)
+	$(call with,kernels==0.16.2 kernels-data==0.16.2,$(KERNELS))
 with = @folder="$(VENV)/with/$(subst $(space),_,$(1))"; [ -d "$$folder" ] || \
-	$(PIP) install --no-deps --target "$$folder" $(1); echo "with $(1)"; \
+	$(PIP) install --no-deps --target "$$folder" $(1); echo "With $(1):"; \
 	PYTHONPATH="$$folder" $(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not slow" $(2)
 space := $(subst ,, )
 

@@ -45,6 +45,17 @@ def assert_no_worse_than_torch(
     upstream = [torch.randn(o.shape, device=o.device).to(dtype) for o in shapes]
     exact = run(ref, inputs, torch.float64, upstream)
     ours, theirs = run(op, inputs, dtype, upstream), run(ref, inputs, dtype, upstream)
+    assert_errs_no_more(ours, theirs, exact, dtype)
+
+
+def assert_errs_no_more(
+    ours: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """The policy for named results, both computed in dtype."""
+    assert ours.keys() == theirs.keys() == exact.keys()
     for name, e in exact.items():
         err, theirs_err = (ours[name] - e).norm(), (theirs[name] - e).norm()
         budget = allowed(theirs_err, e.norm(), dtype)

@@ -134,6 +134,16 @@ def test_loss_and_gradients_are_the_models_own(model_type: str) -> None:
     same(step(model, **inputs), want, width(model))
 
 
+@families
+def test_the_trainers_count_of_tokens(model_type: str) -> None:
+    model = build(model_type)
+    inputs = batch(model) | dict(num_items_in_batch=torch.tensor(5))
+    want = step(model, **inputs)
+    assert not fuses(model) or want[0].loss != step(model, **batch(model))[0].loss
+    patched(model)
+    same(step(model, **inputs), want, width(model))
+
+
 @pytest.mark.parametrize("model_type, part", [(n, p) for n in CONFIGS for p in parts_of(n)])
 def test_each_part_alone(model_type: str, part: str) -> None:
     model = build(model_type)

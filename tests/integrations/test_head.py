@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from liger_kernel.check import allowed
 from liger_kernel.transformers import apply
+from numerics import assert_errs_no_more
 from tiny import V, assert_same, batch, build, step
 
 
@@ -170,8 +170,7 @@ def test_autocast_errs_no_more_than_the_model(dtype: torch.dtype) -> None:
     apply(model)
     out, ours = cast()
     assert out.logits.shape[-1] == 0 and out.loss.dtype == torch.float32
-    for n, e in exact.items():
-        assert (ours[n] - e).norm() <= allowed((theirs[n] - e).norm(), e.norm(), dtype), n
+    assert_errs_no_more(ours, theirs, exact, dtype)
 
 
 def test_a_head_wrapped_later_is_said() -> None:
