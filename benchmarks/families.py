@@ -16,12 +16,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig
 
 OURS = Path(__file__).parents[1] / "integrations" / "liger_kernel"
 
@@ -72,25 +73,6 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def build(model_type: str, layers: int, device: str) -> Any:
-    settings = AutoConfig.for_model(model_type, **SIZES[model_type][1])
-    language = settings.get_text_config()
-    language.num_hidden_layers = layers
-    if getattr(language, "layer_types", None):  # up to the first that is not a sliding window
-        end = max(language.layer_types.index("full_attention") + 1, layers)
-        language.layer_types = language.layer_types[end - layers : end]
-    auto = AutoModelForImageTextToText if "text_config" in SIZES[model_type][1] else (
-        AutoModelForCausalLM
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(device):
-        model: Any = auto.from_config(settings, dtype=torch.bfloat16, attn_implementation="sdpa")
-        for p in model.parameters():
-            if p.ndim < 2:  # norms at 1, biases and gates at 0 would hide what goes wrong with them
-                p.data += 0.1 * torch.randn_like(p)
-    return model.train()
-
-
 def ours(name: str) -> Any:
     """A module of this project that needs torch alone, also where liger_kernel is another's."""
     spec = importlib.util.spec_from_file_location(Path(name).stem, OURS / f"{name}.py")
@@ -102,11 +84,12 @@ def ours(name: str) -> Any:
 
 
 def case(model_type: str, args: argparse.Namespace, device: str) -> tuple[Any, dict[str, Any]]:
-    model = build(model_type, args.layers, device)
-    batch = ours("transformers/inputs").sample_batch(
-        model.config, args.batch, args.length, device=device, dtype=torch.bfloat16
-    )
-    return model, batch
+    sample, dtype = ours("transformers/sample"), torch.bfloat16
+    config = AutoConfig.for_model(model_type, **SIZES[model_type][1])
+    model = sample.sample_model(config, layers=args.layers, dtype=dtype, device=device)
+    size = args.batch, args.length
+    batch = sample.sample_batch(model.config, *size, device=device, dtype=dtype)
+    return model.train(), batch
 
 
 def checked(model_type: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -114,7 +97,9 @@ def checked(model_type: str, args: argparse.Namespace, device: str) -> dict[str,
 
     found = check(*case(model_type, args, device))
     print(found, flush=True)
-    return found.to_dict()
+    facts = found.to_dict()
+    facts["gradients"] = len(facts.pop("rows")) - 1
+    return facts | {"worst": [asdict(row) | {"used": row.used} for row in found.worst]}
 
 
 def timed(model_type: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -164,8 +149,7 @@ def each(args: argparse.Namespace, run: Any, report: dict[str, Any], key: str | 
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-        if args.out:
-            args.out.write_text(json.dumps(report, indent=1, default=str) + "\n")
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def main() -> None:
@@ -177,7 +161,7 @@ def main() -> None:
     parser.add_argument("--peer", help="liger=FOLDER of an unpacked Liger-Kernel")
     parser.add_argument("--compile", nargs="*", default=[], choices=SIZES, help="torch.compile too")
     parser.add_argument("--timed", help=argparse.SUPPRESS)  # a process of a peer's
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if args.timed:
         report = json.loads(args.out.read_text())

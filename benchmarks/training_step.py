@@ -2,8 +2,8 @@
 
     python benchmarks/training_step.py MODEL --batch 8 --length 2048 --out benchmarks/results/X.json
 
-MODEL is a local folder. One instance is patched and reverted in turns of four steps, of which the
-last three count, so that both variants meet the same machine. A step is forward, backward, AdamW's
+MODEL is a local folder. One instance is patched and reverted in turns of two steps, of which the
+last one counts, so that both variants meet the same machine. A step is forward, backward, AdamW's
 step and zeroing; memory is the peak of forward and backward beyond weights, gradients and optimizer
 state, and on a GPU also the peak of everything. With and without gradient checkpointing.
 """
@@ -15,6 +15,7 @@ import platform
 import statistics
 import subprocess
 from contextlib import nullcontext
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from liger_kernel.measure import PeakMemory, call_ms
+from liger_kernel.measure import PeakMemory, step_times
 from liger_kernel.transformers import apply
 
 
@@ -63,24 +64,20 @@ class Step:
         self.optimizer.zero_grad()
 
 
-VARIANTS = ("plain", "patched")
-
-
 def compare(step: Step, repeats: int, warm_up: int) -> dict[str, Any]:
     """Both variants: median and all step times in ms, peak MiB, loss."""
-    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    result: dict[str, Any] = {name: {} for name in VARIANTS}
-    for turn in range(warm_up + repeats):
-        for name in VARIANTS if turn % 2 else reversed(VARIANTS):
-            with apply(step.model) if name == "patched" else nullcontext():
-                step()  # a run is not patched anew for every step
-                if turn >= warm_up:
-                    times[name] += [round(call_ms(step, step.device), 3) for _ in range(3)]
-                if turn == 0:
-                    result[name] |= memory(step)
-                    result[name]["first_loss"] = float(step.loss)
-    for name in VARIANTS:
-        result[name] |= {"step_ms": statistics.median(times[name]), "all_ms": times[name]}
+    patched = {"patched": partial(apply, step.model)}
+    result: dict[str, Any] = {}
+    for name in ("plain", "patched"):
+        with patched.get(name, nullcontext)():
+            step()
+            result[name] = memory(step) | {"first_loss": float(step.loss)}
+    times = step_times(dict.fromkeys(result, step), repeats, step.device, warm_up, patched)
+    for name, ms in times.items():
+        result[name] |= {
+            "step_ms": statistics.median(ms),
+            "all_ms": [round(t, 3) for t in ms],
+        }
     result["ratio"] = {
         key: result["patched"][key] / result["plain"][key]
         for key in ("step_ms", "activations_mib", "peak_mib")
@@ -107,7 +104,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--warm-up", type=int, default=3, help="rounds that are not counted")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -11,11 +11,9 @@ import pytest
 import torch
 
 from liger_kernel import __version__, environment
-from liger_kernel.check import FACTOR, FLOOR, Row, allowed, check
 from liger_kernel.cli import main
-from liger_kernel.exact import SameRoutes, wider
-from liger_kernel.transformers import apply, layers, patch_of
-from tiny import batch, build
+from liger_kernel.transformers import layers
+from tiny import build
 
 SMALL = ("--device", "cpu", "--batch", "2", "--length", "16", "--steps", "0")
 
@@ -33,16 +31,9 @@ def quiet() -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny llama with weights and a byte tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+    """A tiny llama with weights."""
     path = tmp_path_factory.mktemp("llama")
-    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"]
-    tokens = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<eos>").save_pretrained(path)
-    build(vocab_size=len(alphabet), num_hidden_layers=3).save_pretrained(path)
+    build(num_hidden_layers=3).save_pretrained(path)
     return path
 
 
@@ -89,7 +80,6 @@ def test_env_finds_what_another_installation_has_left(
     status, out = main(["env"]), capsys.readouterr().out
     assert status == 1
     assert f"WARNING: liger-kernel 0.8.5 is installed, liger_kernel {__version__} is" in out
-    assert "WARNING: not as liger-kernel 0.8.5 has installed them: " in out
     assert "WARNING: liger-kernel-nightly 0.9 writes to the same folder" in out
 
 
@@ -122,7 +112,7 @@ try:
     main({command})
 except SystemExit as done:
     assert done.code == 0
-assert not {{"accelerate", "liger_kernel.check"}} & sys.modules.keys()
+assert not {{"accelerate"}} & sys.modules.keys()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and done.stdout
@@ -176,7 +166,7 @@ def test_check_with_nothing_patched_is_no_success(
 @pytest.mark.parametrize(
     "args, said",
     [
-        (["--layers", "9"], "--layers 9: the model has 3"),
+        (["--layers", "9"], "layers=9, but the model has 3"),
         (["--config", "{rope"], "not valid JSON"),
         (["--config", '{"ropes": true}'], "'ropes' is not a liger_config option"),
         (["--length", "4"], "length=4 is too short"),
@@ -208,101 +198,3 @@ def test_models_that_cannot_be_checked(capsys: Any, tmp_path: Path) -> None:
     assert "fused linear cross entropy" in capsys.readouterr().out
     assert main(["check", str(tmp_path / "nothing"), *SMALL]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-
-
-# The function
-
-
-def inputs() -> dict[str, torch.Tensor]:
-    ids, labels = batch()
-    return {"input_ids": ids, "labels": labels}
-
-
-def state(model: Any) -> dict[str, torch.Tensor]:
-    return {n: t.clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
-
-
-def test_the_model_comes_back_as_it_was() -> None:
-    model = build(attention_dropout=0.5, tie_word_embeddings=True).bfloat16().eval()
-    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.float() / 3
-    model.model.norm.weight.grad = torch.ones_like(model.model.norm.weight)
-    for p in model.model.layers[0].parameters():
-        p.requires_grad_(False)
-    before = state(model)
-    report = check(model, inputs(), steps=1)
-    assert report.ok, report
-    after = state(model)
-    assert after.keys() == before.keys() and patch_of(model) is None and not model.training
-    for name, t in after.items():
-        assert t.dtype == before[name].dtype and torch.equal(t, before[name])
-    assert model.model.norm.weight.grad.sum() == 32 and model.lm_head.weight.grad is None
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.model.layers[0].self_attn.attention_dropout == 0.5
-    assert {row.name for row in report.rows} == {
-        "loss",
-        *(n for n, p in model.named_parameters() if p.requires_grad),
-    }
-
-
-def test_a_gradient_that_only_one_has_is_a_problem(monkeypatch: Any) -> None:
-    right = layers.rms_norm
-
-    def broken(x: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        return right(x, weight.detach(), *args, **kwargs)
-
-    monkeypatch.setattr(layers, "rms_norm", broken)
-    report = check(build(), inputs(), steps=0)
-    assert not report.ok and "model.norm.weight: the patched model has no gradient" in str(report)
-
-
-def test_a_loss_that_is_not_a_number_is_said() -> None:
-    model = build()
-    model.model.norm.weight.data.fill_(float("nan"))
-    report = check(model, inputs(), steps=0)
-    assert report.problems == ("the plain model's own loss is nan: there is nothing to compare",)
-
-
-def test_what_cannot_be_checked_raises() -> None:
-    model = build()
-    with pytest.raises(ValueError, match="no loss: the batch must hold labels"):
-        check(model, {"input_ids": batch()[0]}, steps=0)
-    with apply(model), pytest.raises(ValueError, match=r"is patched; revert\(\) that"):
-        check(model, inputs())
-    with pytest.raises(ValueError, match=r"fp32, bf16 or fp16, got \['torch.float64'\]"):
-        check(build().double(), inputs())
-    with pytest.raises(ValueError, match=r"no parameter .* requires a gradient"):
-        check(model.requires_grad_(False), inputs())
-
-
-def test_the_exact_model_computes_nothing_in_fp32() -> None:
-    model = build()
-    with wider(model, torch.float64):
-        loss = model(**inputs()).loss
-        hidden = model.model.norm(torch.full((1, 32), 1 / 3, dtype=torch.float64))
-    assert loss.dtype == torch.float64
-    want = (1 / 3) / (1 / 9 + 0.1) ** 0.5  # TINY's eps
-    assert (hidden - want).abs().max() < 1e-15 and model.dtype == torch.float32
-
-
-def test_routers_choose_the_same_again() -> None:
-    routes, scores = SameRoutes(), torch.tensor([[3.0, 2.0, 1.0]], requires_grad=True)
-    with routes:
-        first = scores.topk(2)
-    with routes:
-        values, indices = torch.topk(-scores, k=2, dim=-1)
-    assert torch.equal(indices, first.indices) and values.tolist() == [[-3.0, -2.0]]
-    values.sum().backward()
-    assert scores.grad is not None and scores.grad.tolist() == [[-1.0, -1.0, 0.0]]
-
-
-def test_experts_are_checked_too() -> None:
-    model = build(model_type="mixtral", num_local_experts=4)
-    report = check(model, inputs(), steps=0)
-    assert report.ok and "MixtralExperts x2 -> glu[silu]" in report.patch, report
-
-
-def test_the_policy() -> None:
-    eps = torch.finfo(torch.float32).eps
-    assert allowed(3.0, 10.0, torch.float32) == FACTOR * 3.0 + FLOOR * eps * 10.0
-    assert Row("w", 1.0, 0.1, 0.2, 0.2).ok and not Row("w", 1.0, 0.1, 0.21, 0.2).ok
-    assert not Row("w", 1.0, 0.1, float("nan"), 0.2).ok

@@ -6,19 +6,18 @@ is now and then exact by luck, on scalars above all).
 """
 
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import isfinite
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from liger_kernel.config import LigerConfig
-from liger_kernel.exact import WIDER, SameRoutes, steady, wider
-from liger_kernel.measure import PeakMemory, call_ms
+from liger_kernel.exact import WIDER, SameRoutes, kept, steady, wider
+from liger_kernel.measure import PeakMemory, interleaved_median
 from liger_kernel.transformers.patch import apply, patch_of
 
 __all__ = ["FACTOR", "FLOOR", "Figures", "Report", "Row", "allowed", "check"]
@@ -26,7 +25,6 @@ __all__ = ["FACTOR", "FLOOR", "Figures", "Report", "Row", "allowed", "check"]
 FACTOR = 2.0
 FLOOR = 2.0  # machine epsilons
 SCALE = {torch.float16: 1024.0}  # of the loss, without which fp16 gradients vanish
-VARIANTS = ("plain", "patched")
 SHOWN = 5  # worst results; four times as many that differ
 
 
@@ -47,7 +45,7 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        return self.patched <= self.allowed  # not so for NaN
+        return isfinite(self.allowed) and self.patched <= self.allowed  # not so for NaN
 
     @property
     def used(self) -> float:
@@ -83,6 +81,12 @@ class Report:
     exact_loss: float | None = None
     plain: Figures | None = None
     patched: Figures | None = None
+    idle: tuple[str, ...] = ()  # classes that were replaced and that the batch did not reach
+
+    @property
+    def worst(self) -> list[Row]:
+        """The rows that come closest to what is allowed."""
+        return sorted(self.rows, key=lambda row: row.used, reverse=True)[:SHOWN]
 
     @property
     def ok(self) -> bool:
@@ -109,13 +113,14 @@ class Report:
                 lines.append(_line("step, ms", a.step_ms, b.step_ms))
             lines.append(_line("peak, MiB", a.peak_mib, b.peak_mib))
         if self.rows:
-            worst = sorted(self.rows, key=lambda row: row.used, reverse=True)[:SHOWN]
             lines += [
                 "",
                 f"the worst of {len(self.rows)} errors against the exact result, by its norm",
                 f"{'plain':>10} {'patched':>10} {'allowed':>10}",
-                *map(str, worst),
+                *map(str, self.worst),
             ]
+        if self.idle:
+            lines += ["", f"not reached by this batch: {', '.join(self.idle)}"]
         shown, more = self.problems[: 4 * SHOWN], len(self.problems) - 4 * SHOWN
         lines += ["", *shown, *([f"and {more} more"] if more > 0 else [])]
         gradients = f"loss and {len(self.rows) - 1} gradients"
@@ -162,22 +167,24 @@ def check(
     dtype = max(dtypes, key=lambda d: torch.finfo(d).eps)
     device = parameters[0].device
     with apply(model, config) as patch:
-        told, left, patched = str(patch), dict(patch.left), bool(patch.changes)
+        told, left, changed = str(patch), dict(patch.left), [c.path for c in patch.changes]
     shape = tuple(batch["input_ids"].shape) if "input_ids" in batch else ()
     name = str(dtype).removeprefix("torch.")
     report = partial(Report, type(model).__name__, name, str(device), shape, told, left)
-    if not patched:
+    if not changed:
         why = "; ".join(dict.fromkeys(left.values())) or "the configuration asks for nothing"
         return report((f"nothing is patched: {why}",))
     # Every run starts from the numbers that the model's own dtype holds.
     step = _Step(model, {k: _cast(v, dtype, device) for k, v in batch.items()}, dtype)
     with steady(model):
-        with wider(model, WIDER[dtype]):
+        with kept(model), wider(model, WIDER[dtype]):
             exact_loss, exact = step.exact(WIDER[dtype])
-        plain, theirs = step.measured(exact_loss, exact)
-        with apply(model, config):
+        with kept(model):
+            plain, theirs = step.measured(exact_loss, exact)
+        with kept(model), apply(model, config), _calls(model, changed) as called:
             patched, ours = step.measured(exact_loss, exact)
-        times = _times(step, config, steps)
+        with kept(model):
+            times = _times(step, config, steps)
     norms = {n: float(g.norm()) for n, g in exact.items()} | {"loss": abs(exact_loss)}
     rows = tuple(
         Row(n, norms.get(n, 0.0), error, ours[n], allowed(error, norms.get(n, 0.0), dtype))
@@ -187,7 +194,23 @@ def check(
     problems = _problems(rows, theirs.keys(), ours.keys(), plain.loss)
     plain = replace(plain, step_ms=times.get("plain"))
     patched = replace(patched, step_ms=times.get("patched"))
-    return report(problems, rows, exact_loss, plain, patched)
+    idle = {type(model.get_submodule(path)).__name__ for path in changed if path not in called}
+    return report(problems, rows, exact_loss, plain, patched, tuple(sorted(idle)))
+
+
+@contextmanager
+def _calls(model: nn.Module, paths: Sequence[str]) -> Iterator[set[str]]:
+    """Those of the modules at `paths` that are called meanwhile."""
+    called: set[str] = set()
+    hooks = [
+        model.get_submodule(path).register_forward_pre_hook(lambda *_, at=path: called.add(at))
+        for path in paths
+    ]
+    try:
+        yield called
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _problems(
@@ -199,9 +222,10 @@ def _problems(
     found = [f"{n}: the patched model has no gradient, the plain one has" for n in one]
     found += [f"{n}: the plain model has no gradient, the patched one has" for n in other]
     for row in (row for row in rows if not row.ok):
-        error, most = (e / (row.norm or 1) for e in (row.patched, row.allowed))
-        own = "" if isfinite(row.plain) else "; the plain model's own is not finite"
-        found.append(f"{row.name}: error {error:.1e} > {most:.1e} allowed{own}")
+        what = f"error {row.patched:.2e} > {row.allowed:.2e} allowed"
+        if not isfinite(row.allowed):
+            what = "the plain model's own is not finite: nothing to compare"
+        found.append(f"{row.name}: {what}")
     return tuple(found)
 
 
@@ -248,14 +272,10 @@ class _Step:
 
 
 def _times(step: _Step, config: LigerConfig, steps: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in VARIANTS if steps}
-    for turn in range(steps + 1 if steps else 0):
-        for name in VARIANTS if turn % 2 else VARIANTS[::-1]:
-            with apply(step.model, config) if name == "patched" else nullcontext():
-                ms = call_ms(step, step.device)
-            if turn:  # the first one warms up
-                times[name].append(ms)
-    return {name: median(ms) for name, ms in times.items()}
+    if not steps:
+        return {}
+    patched = {"patched": partial(apply, step.model, config)}
+    return interleaved_median({"plain": step, "patched": step}, steps, step.device, within=patched)
 
 
 def _cast(value: Any, dtype: torch.dtype, device: torch.device) -> Any:

@@ -1,7 +1,6 @@
 """What this process runs on: versions, devices, whose liger_kernel it imports, LIGER_*."""
 
-import base64
-import hashlib
+import json
 import os
 import platform
 import sys
@@ -9,6 +8,11 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
+
+import torch
+
+from liger_core.dispatch import HAS_TRITON
+from liger_kernel.config import NAMES, LigerConfig, disabled
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "trl", "lightning")
 NAME = "liger-kernel"
@@ -40,8 +44,6 @@ def version(name: str) -> str | None:
 
 def devices() -> list[str]:
     """GPUs that torch sees: name, capability, memory, CUDA of torch and the driver's newest."""
-    import torch
-
     if not torch.cuda.is_available():
         return []
     made = f"rocm {torch.version.hip}" if torch.version.hip else f"cuda {torch.version.cuda}"
@@ -56,10 +58,6 @@ def devices() -> list[str]:
 
 def ops() -> str:
     """Which implementation `impl="auto"` takes here."""
-    import torch
-
-    from liger_core.dispatch import HAS_TRITON
-
     if not HAS_TRITON:
         return "torch, triton is not installed"
     if (impl := os.environ.get("LIGER_IMPL") or "auto") != "auto":
@@ -71,8 +69,6 @@ def ops() -> str:
 
 def faults(variables: dict[str, str]) -> list[str]:
     """What is wrong with the LIGER_* variables."""
-    from liger_kernel.config import NAMES, LigerConfig, disabled
-
     known = {"LIGER_DISABLE", *(f"LIGER_{name.upper()}" for name in NAMES)}
     found = [f"{name} is not an option" for name in variables if name not in known]
     try:
@@ -89,37 +85,29 @@ def installation() -> tuple[Path, list[str], list[str]]:
     path = Path(package.__file__).resolve().parent if package.__file__ else here
     own = getattr(package, "__version__", None)
     warnings, owners = list[str](), dict[str, str]()
-    if path != here or own is None or not hasattr(package, "LigerConfig"):
-        warnings.append(f"the liger_kernel in {path} is not this project's, which is in {here}")
+    if own is None:
+        warnings.append(f"the liger_kernel in {path} has no version: it is not this project's")
     for dist in metadata.distributions():
         name = dist.name.lower().replace("_", "-")
-        if "liger" not in name or name in owners or (changed := _changed(dist, path)) is None:
+        if "liger" not in name or name in owners or (missing := _missing(dist, path)) is None:
             continue
         owners[name] = f"{name} {dist.version}"
         if name != NAME:
             warnings.append(
                 f"{owners[name]} writes to the same folder: uninstall it, then reinstall"
             )
-        elif changed:
-            warnings.append(f"not as {owners[name]} has installed them: {', '.join(changed)}")
+        elif missing:
+            warnings.append(f"{owners[name]} lacks {', '.join(missing)}: reinstall it")
     if (there := version(NAME)) and own and there != own:
         warnings.append(f"{NAME} {there} is installed, liger_kernel {own} is imported")
     return path, list(owners.values()), warnings
 
 
-def _changed(dist: metadata.Distribution, path: Path) -> list[str] | None:
-    """Files of the package that are not as the distribution has put them; None if it has not."""
-    import json
-
+def _missing(dist: metadata.Distribution, path: Path) -> list[str] | None:
+    """Files of the package that the distribution has lost; None where it has put none there."""
     url = json.loads(dist.read_text("direct_url.json") or "{}")
     if url.get("dir_info", {}).get("editable"):
         return [] if path.is_relative_to(unquote(urlparse(url["url"]).path)) else None
     files = [f for f in dist.files or () if Path(str(f.locate())).resolve().is_relative_to(path)]
-    changed: list[str] = []
-    for file in files:
-        where = Path(str(file.locate()))
-        digest = hashlib.sha256(where.read_bytes()).digest() if where.exists() else b""
-        text = base64.urlsafe_b64encode(digest).decode().rstrip("=")
-        if file.hash and file.hash.mode == "sha256" and file.hash.value != text:
-            changed.append(str(file))
-    return changed if files else None
+    missing = [str(f) for f in files if not Path(str(f.locate())).exists()]
+    return missing if files else None

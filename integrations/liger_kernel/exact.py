@@ -22,20 +22,23 @@ IN_ANY_DTYPE = {  # of the implementations that transformers knows, by where it 
 
 @contextmanager
 def steady(model: nn.Module) -> Iterator[None]:
-    """In training mode without dropout and router noise; mode and gradients are put back."""
+    """In training mode without dropout, router noise and recomputation; all of it is put back."""
     modes = [(m, m.training) for m in model.modules()]
     random = [
         (m, name, value)
         for m in model.modules()
         for name, value in vars(m).items()
-        if type(value) is float
-        and ("drop" in name or "jitter" in name or (name == "p" and isinstance(m, _DropoutNd)))
+        if (name == "gradient_checkpointing" and value is True)
+        or (
+            type(value) is float
+            and ("drop" in name or "jitter" in name or (name == "p" and isinstance(m, _DropoutNd)))
+        )
     ]
     gradients = [(p, p.grad) for p in model.parameters()]
     try:
         model.train().zero_grad()
-        for m, name, _ in random:
-            setattr(m, name, 0.0)
+        for m, name, value in random:
+            setattr(m, name, type(value)())
         yield
     finally:
         for m, name, value in random:
@@ -47,12 +50,35 @@ def steady(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """What forwards leave in modules is put back: lengths that a rotation has met, its buffers."""
+    plain = [
+        (m, {k: v for k, v in vars(m).items() if type(v) in (int, float, bool, str, type(None))})
+        for m in model.modules()
+    ]
+    buffers = [
+        (m, name, b, b.clone())
+        for m in model.modules()
+        for name, b in m._buffers.items()
+        if b is not None
+    ]
+    try:
+        yield
+    finally:
+        for m, values in plain:
+            vars(m).update(values)
+        for m, name, b, value in buffers:
+            b.copy_(value)
+            m._buffers[name] = b
+
+
+@contextmanager
 def wider(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """The model in a wider dtype, with implementations that take it.
+    """The model in a wider dtype, with implementations that take it; memory holds both.
 
     In fp64, what it would compute in fp32 is fp64 too.
     """
-    parameters = [(p, p.dtype) for p in model.parameters() if p.is_floating_point()]
+    parameters = [(p, p.data) for p in model.parameters() if p.is_floating_point()]
     buffers = [
         (m, name, b)
         for m in model.modules()
@@ -76,8 +102,8 @@ def wider(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             c[key] = there
         for m, name, b in buffers:  # their values may not fit what the parameters go back to
             m._buffers[name] = b
-        for p, own in parameters:
-            p.data = p.data.to(own)
+        for p, own in parameters:  # some may share storage
+            p.data = own
 
 
 class SameRoutes(TorchFunctionMode):

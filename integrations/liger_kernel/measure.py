@@ -5,6 +5,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -80,11 +81,13 @@ def step_times(
     repeats: int,
     device: torch.device | str = "cpu",
     warmup: int = 1,
+    within: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds of each of `repeats` calls of every function, after `warmup` calls not counted.
 
     The functions take turns, and every round starts with the next one, so that a machine which
-    warms up, throttles or has a busy neighbour meets all of them alike.
+    warms up, throttles or has a busy neighbour meets all of them alike. What `within` names runs in
+    that context, where one more call that is not counted comes before each that is.
     """
     if repeats < 1 or not fns:
         raise ValueError(f"expected repeats >= 1 and a function, got {repeats} and {list(fns)}")
@@ -93,7 +96,11 @@ def step_times(
     for turn in range(warmup + repeats):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            ms = call_ms(fns[name], device)
+            context = (within or {}).get(name)
+            with context() if context else nullcontext():
+                if within:
+                    fns[name]()
+                ms = call_ms(fns[name], device)
             if turn >= warmup:
                 times[name].append(ms)
     return times
@@ -104,9 +111,10 @@ def interleaved_median(
     repeats: int,
     device: torch.device | str = "cpu",
     warmup: int = 1,
+    within: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
 ) -> dict[str, float]:
     """Median milliseconds a call of each function, see `step_times`."""
-    times = step_times(fns, repeats, device, warmup)
+    times = step_times(fns, repeats, device, warmup, within)
     return {name: statistics.median(ms) for name, ms in times.items()}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.mllama.modeling_mllama import MllamaForCausalLM
 
-from liger_kernel.transformers.inputs import sample_batch
+from liger_kernel.transformers.sample import sample_batch
 from tiny import TINY
 
 LENGTH = 20

@@ -27,8 +27,8 @@ from families import (
 )
 from liger_kernel.check import allowed
 from liger_kernel.transformers import apply, patch_of
-from liger_kernel.transformers.inputs import sample_batch
 from liger_kernel.transformers.recipes import RECIPES, Glu, Rope
+from liger_kernel.transformers.sample import sample_batch
 from numerics import DEVICE
 from tiny import V, assert_same, state, step
 

@@ -1,8 +1,9 @@
-"""A random batch for any model that the recipes name, made from its configuration alone.
+"""A random model and a random batch of any family, made from a configuration alone.
 
 Vision-language families get images: what stands for one in the text, and what the model sees of it.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["sample_batch"]
+__all__ = ["sample_batch", "sample_model"]
 
 IGNORED = -100
 SPECIAL = ("pad", "bos", "eos", "image", "video", "boi", "eoi", "vision_start", "vision_end")
@@ -74,12 +75,65 @@ def _qwen2_vl(config: Any, batch: int, noise: Noise) -> Images:
     )
 
 
-FAMILIES: dict[str, Callable[[Any, int, Noise], Images]] = {
+IMAGES: dict[str, Callable[[Any, int, Noise], Images]] = {
     "gemma3": _gemma3,
     "mllama": _mllama,
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_vl,
 }
+
+
+def sample_model(
+    config: Any,
+    *,
+    layers: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """A model with random weights, the same every time, in which no part is without effect.
+
+    Args:
+        config: of a transformers model with a language-model head, with a tower or without; not
+            changed.
+        layers: how many layers of the language model to keep; None for all.
+        dtype, device: of the parameters, which are made there.
+
+    Raises:
+        ValueError: more layers than there are.
+    """
+    config = cut(config, layers)
+    torch.manual_seed(0)
+    with torch.device(device), torch.no_grad():
+        model: Any = auto_class(config).from_config(config, dtype=dtype)
+        for p in model.parameters():
+            if p.ndim < 2:  # norms at 1, biases and gates at 0 would hide what goes wrong with them
+                p += 0.1 * torch.randn_like(p)
+    return model
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' AutoModel for a configuration with a language-model head."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    vision = getattr(config, "vision_config", None) is not None
+    return AutoModelForImageTextToText if vision else AutoModelForCausalLM
+
+
+def cut(config: Any, layers: int | None) -> Any:
+    """A copy with so many layers of the language model, the last of them one that sees all."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    if layers is None:
+        return config
+    if layers > text.num_hidden_layers:
+        raise ValueError(f"layers={layers}, but the model has {text.num_hidden_layers}")
+    text.num_hidden_layers = layers
+    if kinds := getattr(text, "layer_types", None):
+        full = kinds.index("full_attention") + 1 if "full_attention" in kinds else layers
+        text.layer_types = kinds[max(full, layers) - layers : max(full, layers)]
+    if (crossed := getattr(text, "cross_attention_layers", None)) is not None:
+        text.cross_attention_layers = [i for i in crossed if i < layers]
+    return config
 
 
 def sample_batch(
@@ -108,7 +162,7 @@ def sample_batch(
     """
     rng = torch.Generator().manual_seed(seed)
     text = config.get_text_config()
-    family = FAMILIES.get(config.model_type) if images else None
+    family = IMAGES.get(config.model_type) if images else None
     seen = (
         family(config, batch, lambda *shape: torch.randn(shape, generator=rng)) if family else None
     )
