@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from liger_kernel.check import FACTOR, FLOOR, Row, allowed, check
 from liger_kernel.exact import SameRoutes, wider
@@ -13,12 +13,12 @@ from liger_kernel.transformers import apply, layers, patch_of
 from tiny import batch, build
 
 
-def inputs() -> dict[str, torch.Tensor]:
+def inputs() -> dict[str, Tensor]:
     ids, labels = batch()
     return {"input_ids": ids, "labels": labels}
 
 
-def tensors(model: Any) -> dict[str, torch.Tensor]:
+def tensors(model: Any) -> dict[str, Tensor]:
     return {n: t.clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
 
 
@@ -105,8 +105,9 @@ def test_the_policy() -> None:
     eps = torch.finfo(torch.float32).eps
     assert allowed(3.0, 10.0, torch.float32) == FACTOR * 3.0 + FLOOR * eps * 10.0
     assert Row("w", 1.0, 0.1, 0.2, 0.2).ok and not Row("w", 1.0, 0.1, 0.21, 0.2).ok
-    assert not Row("w", 1.0, 0.1, float("nan"), 0.2).ok
-    assert not Row("w", 1.0, float("inf"), float("inf"), float("inf")).ok
+    nan, inf = float("nan"), float("inf")
+    for lost in (Row("w", 1.0, 0.1, nan, 0.2), Row("w", 1.0, inf, inf, inf)):
+        assert not lost.ok and lost.used == inf
 
 
 def test_what_a_rotation_has_met_is_forgotten(monkeypatch: Any) -> None:
@@ -125,6 +126,46 @@ def test_what_a_rotation_has_met_is_forgotten(monkeypatch: Any) -> None:
         lambda q, k, cos, sin, **kw: right(q, k, cos * 1.02, sin * 1.02, **kw),
     )
     assert not check(model, inputs(), steps=0).ok
+
+
+def left_behind(model: nn.Module) -> dict[str, Any]:
+    """Every number, name and tensor that modules hold besides parameters, as plain values."""
+    return {
+        f"{path}.{key}": (value.dtype, value.tolist()) if isinstance(value, Tensor) else value
+        for path, m in model.named_modules()
+        for key, value in (*vars(m).items(), *m._buffers.items())
+        if value is None or isinstance(value, Tensor | int | float | str)
+    }
+
+
+@pytest.mark.parametrize("seen", [9, 40])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_rotation_is_left_as_it_was(kind: str, seen: int) -> None:
+    """Whether it has met long texts before, in which case its attributes are tensors, or not."""
+    rope = dict(rope_type=kind, rope_theta=100.0, factor=8.0)
+    if kind == "longrope":
+        rope |= dict(short_factor=[1.0] * 4, long_factor=[3.0] * 4)
+    at = 16 if seen > 9 else 4  # positions beyond which it changes
+    rope |= dict(original_max_position_embeddings=at) if kind == "longrope" else {}
+    model = build(
+        max_position_embeddings=at if kind == "dynamic" else 64,
+        rope_parameters=rope,
+        original_max_position_embeddings=at,
+    )
+    if seen > 9:
+        model(input_ids=torch.arange(seen)[None] + 3)
+    before = left_behind(model)
+    report = check(model, inputs(), steps=1)
+    assert report.ok, report
+    assert left_behind(model) == before
+
+
+def test_peft_is_checked_as_it_is_trained() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(build(), config)
+    report = check(model, inputs(), steps=0)
+    assert report.ok and not report.idle and len(report.rows) == 7, report
 
 
 def test_a_plain_model_that_overflows_proves_nothing() -> None:
@@ -156,6 +197,6 @@ def test_what_the_batch_does_not_reach_is_said() -> None:
     )
     model.spare = type(model.model.norm)(32)
     report = check(model, inputs(), steps=0)
-    assert report.ok and report.idle == ("Qwen3MoeRMSNorm",)
-    assert "not reached by this batch: Qwen3MoeRMSNorm" in str(report)
+    assert report.ok and report.idle == ("Qwen3MoeRMSNorm x1",)
+    assert "not reached by this batch: Qwen3MoeRMSNorm x1" in str(report)
     assert json.dumps(report.to_dict())

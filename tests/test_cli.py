@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from liger_kernel import __version__, environment
 from liger_kernel.cli import main
 from liger_kernel.transformers import layers
-from tiny import build
+from liger_kernel.transformers.sample import cut, sample_model
+from tiny import TINY, build
 
 SMALL = ("--device", "cpu", "--batch", "2", "--length", "16", "--steps", "0")
 
@@ -74,12 +76,13 @@ def test_env_finds_what_another_installation_has_left(
     capsys: Any, monkeypatch: Any, tmp_path: Path
 ) -> None:
     ours = Path(environment.__file__).parent
-    distribution(tmp_path, "liger_kernel", "0.8.5", f"{ours}/__init__.py,sha256=abc,1\n")
+    distribution(tmp_path, "liger_kernel", "0.8.5", f"{ours}/__init__.py,,\n{ours}/gone.py,,\n")
     distribution(tmp_path, "liger_kernel_nightly", "0.9", f"{ours}/__init__.py,,\n")
     monkeypatch.syspath_prepend(tmp_path)
     status, out = main(["env"]), capsys.readouterr().out
     assert status == 1
     assert f"WARNING: liger-kernel 0.8.5 is installed, liger_kernel {__version__} is" in out
+    assert f"WARNING: liger-kernel 0.8.5 lacks {ours}/gone.py: reinstall it" in out
     assert "WARNING: liger-kernel-nightly 0.9 writes to the same folder" in out
 
 
@@ -143,6 +146,22 @@ def test_check_agrees_on_a_folder_and_writes_its_figures(
 def test_check_agrees_on_a_config(folder: Path, capsys: Any, dtype: str) -> None:
     status = main(["check", str(folder / "config.json"), *SMALL, "--dtype", dtype])
     assert status == 0, capsys.readouterr().out
+
+
+def test_layers_that_are_kept_end_with_one_that_sees_all() -> None:
+    kinds = ["sliding_attention"] * 3 + ["full_attention", "sliding_attention"]
+    config = AutoConfig.for_model(
+        "gemma3_text", **TINY | dict(num_hidden_layers=5), layer_types=kinds
+    )
+    assert cut(config, 2).layer_types == kinds[2:4] and cut(config, 5).layer_types == kinds
+    assert cut(config, None).num_hidden_layers == config.num_hidden_layers == 5  # not changed
+    model = sample_model(config, layers=1, dtype=torch.bfloat16)
+    assert len(model.model.layers) == 1 and model.config.layer_types == ["full_attention"]
+    assert model.dtype == torch.bfloat16 and model.model.norm.weight.std() > 0.05
+    again = sample_model(config, layers=1, dtype=torch.bfloat16)
+    assert torch.equal(model.model.norm.weight, again.model.norm.weight)
+    config = AutoConfig.for_model("mllama_text_model", cross_attention_layers=[1, 3])
+    assert cut(config, 2).cross_attention_layers == [1]
 
 
 def test_check_finds_a_broken_op(folder: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -4,10 +4,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 
+from liger_kernel import measure
 from liger_kernel.measure import PeakMemory, interleaved_median, step_times
 
 MIB = 2**20
@@ -92,6 +95,26 @@ def test_functions_take_turns_and_warm_up() -> None:
     times = step_times(fns, repeats=3, warmup=1)
     assert "".join(calls) == "abbaabba"
     assert [len(t) for t in times.values()] == [3, 3]
+
+
+def test_within_a_context_one_call_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    right = measure.call_ms
+
+    def counted(fn: Callable[[], object], device: torch.device | str) -> float:
+        seen.append("t")
+        return right(fn, device)
+
+    @contextmanager
+    def patched() -> Iterator[None]:
+        seen.append("(")
+        yield
+        seen.append(")")
+
+    monkeypatch.setattr(measure, "call_ms", counted)
+    fns = {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}
+    times = step_times(fns, repeats=1, warmup=0, within={"b": patched})
+    assert "".join(seen) == "ata(btb)" and [len(t) for t in times.values()] == [1, 1]
 
 
 def test_median_in_milliseconds() -> None:

@@ -5,6 +5,7 @@ in the same dtype, norm-wise against the exact one, plus FLOOR machine epsilons 
 is now and then exact by luck, on scalars above all).
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -50,6 +51,8 @@ class Row:
     @property
     def used(self) -> float:
         """The share of what is allowed."""
+        if not isfinite(self.allowed) or not isfinite(self.patched):
+            return float("inf")  # NaN has no place in an order
         return self.patched / self.allowed if self.allowed else 0.0 if self.ok else float("inf")
 
     def __str__(self) -> str:
@@ -81,7 +84,7 @@ class Report:
     exact_loss: float | None = None
     plain: Figures | None = None
     patched: Figures | None = None
-    idle: tuple[str, ...] = ()  # classes that were replaced and that the batch did not reach
+    idle: tuple[str, ...] = ()  # replaced modules that the batch did not reach, by class
 
     @property
     def worst(self) -> list[Row]:
@@ -142,8 +145,8 @@ def check(
     """Compare one training step of the patched model with the plain one's, and time both.
 
     The exact result is the plain model's own in fp64, for 16-bit models in fp32. Dropout is off,
-    and routers choose the same experts throughout. The model comes back as it was; besides it,
-    memory holds one set of gradients, and the exact ones on the CPU.
+    and routers choose the same experts throughout. The model comes back as it was. The exact run
+    holds it twice, once in the wider dtype, which its gradients have too; they go to the CPU.
 
     Args:
         model: in fp32, bf16 or fp16, on any device, and not patched.
@@ -167,7 +170,8 @@ def check(
     dtype = max(dtypes, key=lambda d: torch.finfo(d).eps)
     device = parameters[0].device
     with apply(model, config) as patch:
-        told, left, changed = str(patch), dict(patch.left), [c.path for c in patch.changes]
+        told, left = str(patch), dict(patch.left)
+        changed = [patch.model.get_submodule(c.path) for c in patch.changes]
     shape = tuple(batch["input_ids"].shape) if "input_ids" in batch else ()
     name = str(dtype).removeprefix("torch.")
     report = partial(Report, type(model).__name__, name, str(device), shape, told, left)
@@ -181,7 +185,7 @@ def check(
             exact_loss, exact = step.exact(WIDER[dtype])
         with kept(model):
             plain, theirs = step.measured(exact_loss, exact)
-        with kept(model), apply(model, config), _calls(model, changed) as called:
+        with kept(model), apply(model, config), _calls(changed) as called:
             patched, ours = step.measured(exact_loss, exact)
         with kept(model):
             times = _times(step, config, steps)
@@ -194,18 +198,16 @@ def check(
     problems = _problems(rows, theirs.keys(), ours.keys(), plain.loss)
     plain = replace(plain, step_ms=times.get("plain"))
     patched = replace(patched, step_ms=times.get("patched"))
-    idle = {type(model.get_submodule(path)).__name__ for path in changed if path not in called}
-    return report(problems, rows, exact_loss, plain, patched, tuple(sorted(idle)))
+    counts = Counter(type(m).__name__ for m in changed if m not in called)
+    idle = tuple(f"{name} x{n}" for name, n in sorted(counts.items()))
+    return report(problems, rows, exact_loss, plain, patched, idle)
 
 
 @contextmanager
-def _calls(model: nn.Module, paths: Sequence[str]) -> Iterator[set[str]]:
-    """Those of the modules at `paths` that are called meanwhile."""
-    called: set[str] = set()
-    hooks = [
-        model.get_submodule(path).register_forward_pre_hook(lambda *_, at=path: called.add(at))
-        for path in paths
-    ]
+def _calls(modules: Sequence[nn.Module]) -> Iterator[set[nn.Module]]:
+    """Those of the modules that are called meanwhile."""
+    called: set[nn.Module] = set()
+    hooks = [m.register_forward_pre_hook(lambda m, _: called.add(m)) for m in modules]
     try:
         yield called
     finally:

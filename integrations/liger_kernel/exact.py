@@ -1,5 +1,6 @@
 """A model that computes as exactly as it can, for a while: without chance, and in a wider dtype."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -51,30 +52,32 @@ def steady(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept(model: nn.Module) -> Iterator[None]:
-    """What forwards leave in modules is put back: lengths that a rotation has met, its buffers."""
-    plain = [
-        (m, {k: v for k, v in vars(m).items() if type(v) in (int, float, bool, str, type(None))})
-        for m in model.modules()
-    ]
-    buffers = [
-        (m, name, b, b.clone())
-        for m in model.modules()
-        for name, b in m._buffers.items()
-        if b is not None
+    """What forwards leave in modules is put back: attributes, what those hold, and buffers."""
+    holders: list[Any] = [vars(m) for m in model.modules()]
+    holders += [v for own in holders for v in own.values() if type(v) in (dict, list, set)]
+    before = [(h, copy.copy(h)) for h in holders]
+    tensors = [
+        (t, t.detach().clone())
+        for h in holders
+        if type(h) is dict
+        for t in h.values()
+        if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)
     ]
     try:
         yield
     finally:
-        for m, values in plain:
-            vars(m).update(values)
-        for m, name, b, value in buffers:
-            b.copy_(value)
-            m._buffers[name] = b
+        for h, there in before:  # what is new goes too: a rotation's second set of frequencies
+            h.clear()
+            h.extend(there) if type(h) is list else h.update(there)
+        with torch.no_grad():
+            for t, value in tensors:
+                if not torch.equal(t, value):
+                    t.copy_(value)
 
 
 @contextmanager
 def wider(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """The model in a wider dtype, with implementations that take it; memory holds both.
+    """The model in a wider dtype, with implementations that take it; memory holds it twice.
 
     In fp64, what it would compute in fp32 is fp64 too.
     """

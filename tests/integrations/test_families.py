@@ -309,6 +309,7 @@ def test_compiles_whole(model_type: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default::UserWarning")  # Inductor advises
 @pytest.mark.parametrize("model_type", COMPILED)
 def test_compiles_for_a_gpu(model_type: str) -> None:
     model = build(model_type).to("cuda")
