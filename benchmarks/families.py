@@ -98,7 +98,7 @@ def checked(model_type: str, args: argparse.Namespace, device: str) -> dict[str,
     found = check(*case(model_type, args, device))
     print(found, flush=True)
     facts = found.to_dict()
-    facts["gradients"] = len(facts.pop("rows")) - 1
+    facts["gradients"] = max(len(facts.pop("rows")) - 1, 0)
     return facts | {"worst": [asdict(row) | {"used": row.used} for row in found.worst]}
 
 
@@ -177,7 +177,9 @@ def main() -> None:
             sizes = [f"--{k}={getattr(args, k)}" for k in ("layers", "batch", "length")]
             command = [sys.executable, __file__, "--timed", key, *sizes, "--out", str(args.out)]
             env = os.environ | ({"PYTHONPATH": path} if path else {})
-            subprocess.run([*command, "--families", *families], env=env, check=False)
+            done = subprocess.run([*command, "--families", *families], env=env)
+            if done.returncode:  # the figures that there are have been written
+                print(f"{key} has ended with status {done.returncode}", file=sys.stderr)
 
 
 if __name__ == "__main__":
