@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from liger_kernel.check import FACTOR, FLOOR, Row, allowed, check
 from liger_kernel.exact import SameRoutes, wider
 from liger_kernel.transformers import apply, layers, patch_of
-from tiny import batch, build
+from tiny import batch, build, state
 
 
 def inputs() -> dict[str, Tensor]:
@@ -158,6 +158,22 @@ def test_a_rotation_is_left_as_it_was(kind: str, seen: int) -> None:
     report = check(model, inputs(), steps=1)
     assert report.ok, report
     assert left_behind(model) == before
+
+
+def test_what_a_forward_writes_in_place_is_put_back() -> None:
+    model = build()
+    model.register_buffer("calls", torch.zeros((), dtype=torch.long))
+    model.lengths = []
+
+    def count(module: Any, _: Any) -> None:
+        module.calls += 1
+        module.lengths.append(9)
+
+    model.register_forward_pre_hook(count)
+    before, calls = state(model), model.calls
+    assert check(model, inputs(), steps=1).ok
+    assert model.calls is calls and calls == 0 and model.lengths == []
+    assert state(model) == before  # hooks that count what is reached are gone
 
 
 def test_peft_is_checked_as_it_is_trained() -> None:

@@ -129,8 +129,8 @@ def _check(args: argparse.Namespace) -> int:
     report = check(model, batch, config, steps=args.steps)
     print(report)
     if args.json:
-        figures = {"arguments": vars(args) | {"run": None, "json": str(args.json)}}
-        figures |= report.to_dict() | {"environment": environment()}
+        given = {k: v for k, v in vars(args).items() if k not in ("run", "json")}
+        figures = {"arguments": given} | report.to_dict() | {"environment": environment()}
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0 if report.ok else 1
 

@@ -87,7 +87,8 @@ def step_times(
 
     The functions take turns, and every round starts with the next one, so that a machine which
     warms up, throttles or has a busy neighbour meets all of them alike. What `within` names runs in
-    that context, where one more call that is not counted comes before each that is.
+    that context, newly entered each time; hence, with it, one more call of every function that is
+    not counted comes before each that is.
     """
     if repeats < 1 or not fns:
         raise ValueError(f"expected repeats >= 1 and a function, got {repeats} and {list(fns)}")
