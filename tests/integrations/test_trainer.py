@@ -76,6 +76,20 @@ def test_evaluation_and_prediction(tmp_path: Path) -> None:
     assert patched.predict(Rows()).predictions.shape == (12, 16, V)
 
 
+def test_metrics_of_logits(tmp_path: Path) -> None:
+    def accuracy(out: Any) -> dict[str, float]:
+        best, labels = out.predictions[:, :-1].argmax(-1), out.label_ids[:, 1:]
+        return {"accuracy": float((best == labels)[labels != -100].mean())}
+
+    found = []
+    for use_liger in (False, True):
+        _, trainer = train(tmp_path, use_liger=use_liger)
+        trainer.compute_metrics = accuracy
+        found.append(trainer.evaluate())
+    assert found[1]["eval_accuracy"] == found[0]["eval_accuracy"] > 0
+    assert found[1]["eval_loss"] == pytest.approx(found[0]["eval_loss"], rel=1e-4)
+
+
 def test_a_loss_on_logits_is_evaluated_too(tmp_path: Path) -> None:
     """With label smoothing Trainer takes the labels out and asks for no logits all the same."""
     _, plain = train(tmp_path, label_smoothing_factor=0.1)
