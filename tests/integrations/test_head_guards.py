@@ -231,3 +231,13 @@ def test_a_head_that_is_gone_or_another() -> None:
     model.lm_head = nn.Linear(32, V, bias=False)
     assert step(model)[0].logits.shape[-1] == 0
     assert isinstance(model, LlamaForCausalLM)
+
+
+def test_a_head_whose_forward_is_wrapped_is_left() -> None:
+    """As transformers' tensor parallelism does, within which the weight is a part of itself."""
+    model = build()
+    original = model.lm_head.forward
+    model.lm_head.forward = lambda x: original(x) * 1
+    want = step(model)
+    assert "is around its forward" in apply(model).left["fused_head"]
+    assert_same(step(model), want, V)

@@ -16,6 +16,7 @@ else to the logits or asks for another loss than the head has computed.
 
 import inspect
 import re
+import types
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -270,6 +271,11 @@ def _fuse_sites(patch: "Patch", head: nn.Module) -> str | None:
     """Put the fused forward into the head as it is now, or say why not."""
     if not (found := sites(head)):
         return f"{type(head).__name__} is more than a matrix product"
+    for site in found:
+        if isinstance(fn := vars(site).get("forward"), types.FunctionType):
+            return (
+                f"{fn.__qualname__} is around its forward, as tensor parallelism's that splits it"
+            )
     paths = {module: path for path, module in patch.model.named_modules()}
     known = patch.recipe is not None and bool(patch.recipe.parts)
     for site in found:
