@@ -5,17 +5,19 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import kernels
+from benchmarks import families, kernels
 from benchmarks.cases import CASES
 from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.run import flag
 from benchmarks.shapes import Head
 from benchmarks.table import plot_memory, plot_roofline, plot_shares, table
 from benchmarks.worker import Worker, size
+from liger_kernel.transformers import layers
 
 ROOT = Path(__file__).parents[1]
 BY_NAME = {case.name: case for case in CASES}
@@ -248,3 +250,22 @@ def test_plots(report: dict, tmp_path: Path) -> None:
         file = tmp_path / f"{plot.__name__}.png"
         plot(report, file)
         assert file.stat().st_size > 5000
+
+
+def test_families_are_checked_and_a_mismatch_is_the_status(
+    monkeypatch: Any, tmp_path: Path
+) -> None:
+    tiny = families.text(32, 48, 4, 2, 97, 0.1, num_hidden_layers=3)
+    monkeypatch.setattr(families, "SIZES", {"llama": ("Tiny", tiny)})
+    out = tmp_path / "out.json"
+    sizes = ["--layers", "2", "--batch", "2", "--length", "16"]
+    monkeypatch.setattr(sys, "argv", ["families", *sizes, "--out", str(out)])
+    assert families.main() == 0
+    found = json.loads(out.read_text())["llama"]
+    assert found["ok"] and found["gradients"] == 21 and len(found["worst"]) == 5
+    assert found["size"] == "Tiny" and found["patched"]["step_ms"] > 0
+    right = layers.rms_norm
+    monkeypatch.setattr(layers, "rms_norm", lambda *args, **kw: right(*args, **kw) * 1.05)
+    assert families.main() == 1
+    monkeypatch.setitem(families.SIZES, "llama", ("Broken", {"hidden_size": "wide"}))
+    assert families.main() == 1 and "Error" in json.loads(out.read_text())["llama"]["error"]

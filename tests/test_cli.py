@@ -215,5 +215,7 @@ def test_models_that_cannot_be_checked(capsys: Any, tmp_path: Path) -> None:
     assert said.count("\n") == 1
     assert main(["check", str(config), *SMALL, "--config", '{"generic": true}']) == 0
     assert "fused linear cross entropy" in capsys.readouterr().out
-    assert main(["check", str(tmp_path / "nothing"), *SMALL]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    for name in (str(tmp_path / "nothing"), "./nothing.json", "~/nothing"):
+        assert main(["check", name, *SMALL]) == 2
+        said = capsys.readouterr().err
+        assert said == f"liger check: error: {name}: no such folder or file\n"

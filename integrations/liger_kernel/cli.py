@@ -140,6 +140,10 @@ def _load(name: str, dtype: torch.dtype, device: str, layers: int | None) -> Any
     from transformers import AutoConfig
     from transformers.utils import logging
 
+    if name.startswith(("/", ".", "~")) or name.endswith(".json"):  # no hub id
+        if not Path(name).expanduser().exists():
+            raise UsageError(f"{name}: no such folder or file")
+        name = str(Path(name).expanduser())
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(name)

@@ -108,7 +108,7 @@ def code(model: nn.Module) -> dict[ModuleType, dict[str, Any]]:
     """The modules that define the model's classes, and the classes of those."""
     files = {sys.modules[cls.__module__] for m in model.modules() for cls in type(m).__mro__[:-1]}
     classes = {type(m) for m in model.modules()}
-    return {f: dict(vars(f)) for f in files} | {c: dict(vars(c)) for c in classes}  # type: ignore
+    return {f: dict(vars(f)) for f in files} | {c: dict(vars(c)) for c in classes}
 
 
 def losses(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

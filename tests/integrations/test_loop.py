@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DataCollatorWithFlattening
 from transformers.utils import is_flash_attn_2_available
 
-from liger_kernel.transformers import apply, patch_of
+from liger_kernel.transformers import apply, head, layers, patch_of
 from numerics import assert_errs_no_more
 from tiny import V, assert_same, batch, build, step
 
@@ -111,6 +111,30 @@ def test_token_scaling() -> None:
     torch.testing.assert_close(got.loss, want)
     with pytest.raises(ValueError, match="use_token_scaling needs the fused head"):
         step(model.eval(), use_token_scaling=True)
+
+
+@pytest.mark.parametrize("given", [dict(), dict(accum_dtype=torch.float32)], ids=str)
+def test_the_callers_accumulation_dtype_wins(given: Any, monkeypatch: Any) -> None:
+    seen, right = [], head.linear_cross_entropy
+    monkeypatch.setattr(
+        head,
+        "linear_cross_entropy",
+        lambda *args, **kw: seen.append(kw["accum_dtype"]) or right(*args, **kw),
+    )
+    model = build()
+    apply(model, dict(accum_dtype="bfloat16"))
+    step(model, **given)
+    assert seen == [given.get("accum_dtype", torch.bfloat16)]
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_layer_norm_under_autocast_has_torchs_dtype(dtype: torch.dtype, device: str) -> None:
+    norm, x = nn.LayerNorm(8).to(device, dtype), torch.randn(3, 8).to(device, dtype)
+    with torch.autocast(device, torch.bfloat16):
+        want, got = norm(x), layers._layer_norm(norm, "auto", x)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
