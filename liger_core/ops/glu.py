@@ -31,6 +31,7 @@ from liger_core.dispatch import (
     triton,
     use_triton,
 )
+from liger_core.ops.sharded import by_rows, is_dtensor
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -226,6 +227,8 @@ def glu(
             f"{tuple(g.shape)} {g.dtype} and {tuple(u.shape)} {u.dtype}"
         )
     _check(act)
+    if is_dtensor(g, u):
+        return by_rows(lambda g, u: glu(g, u, act, impl=impl), (g, u))
     kernels = use_triton(impl, g, u) and g.numel() > 0
     inplace = inplace and _ours(g, u)
     return _GLU.apply(g, u, g.shape[-1], act, kernels, inplace)  # pyright: ignore
@@ -250,6 +253,9 @@ def glu_packed(
     if gu.dim() == 0 or gu.shape[-1] % 2:
         raise ValueError(f"gate and up must be halves of the last dimension of {tuple(gu.shape)}")
     _check(act)
+    if is_dtensor(gu):
+        op, last = lambda gu: glu_packed(gu, act, impl=impl), gu.dim() - 1
+        return by_rows(op, (gu,), split=lambda dim: dim < last)
     kernels = use_triton(impl, gu) and gu.numel() > 0
     inplace = inplace and _ours(gu)
     return _GLU.apply(gu, None, gu.shape[-1] // 2, act, kernels, inplace)  # pyright: ignore

@@ -24,6 +24,7 @@ from liger_core.dispatch import (
 )
 from liger_core.ops.labels import IGNORE_INDEX, LabelScan, as_labels
 from liger_core.ops.row_loss import RowLoss, Rows, Want, row_grad, row_loss
+from liger_core.ops.sharded import by_classes, is_dtensor
 from liger_core.ops.vocab_parallel import VocabShard, combine
 
 MIN_BUDGET, MAX_BUDGET = 32 << 20, 1 << 30  # bytes of logits, where the caller names none
@@ -41,7 +42,8 @@ class HeadOptions(TypedDict, total=False):
     temperature: divides z after the cap.
     low_rank: u (..., r) and v (V, r), whose product u @ v.T is added to the logits. LoRA on the
         head is u = scaling * (dropout(x) @ A.T), v = B.
-    shard: a `VocabShard` where w holds one process's rows of the head.
+    shard: a `VocabShard` where w holds one process's rows of the head; a w that is a DTensor, split
+        by its rows, needs none.
     labels: a `LabelScan` of y made earlier, which saves waiting for the device here.
     compact: drop ignored rows first. False never waits for the device (CUDA graphs), and a bad
         label then gives NaN; under torch.compile it is always so.
@@ -210,6 +212,11 @@ def prepare(x: Tensor, w: Tensor, y: Tensor, b: Tensor | None, o: RowLoss, opt: 
                 f"got {tuple(u.shape)} and {tuple(v.shape)}"
             )
         u = u.reshape(-1, u.shape[-1])
+    if is_dtensor(x, w):
+        if opt.shard is not None or u is not None:
+            raise ValueError("a DTensor says how the head is split; leave shard and low_rank out")
+        x, w, b, shard = by_classes(x, w, b)
+        opt = opt._replace(shard=shard)
     V = w.shape[0] if opt.shard is None else opt.shard.total
     rows: Tensor | None = None
     counts: list[int] = []

@@ -23,6 +23,7 @@ from liger_core.dispatch import (
     triton,
     use_triton,
 )
+from liger_core.ops.sharded import by_rows, is_dtensor
 
 
 def rope_ref(
@@ -229,5 +230,8 @@ def rope(
         )
     if R % 2 or not 0 < R <= D:
         raise ValueError(f"the angles must be an even number up to D = {D}, got {R}")
+    if is_dtensor(q, k, cos, sin):
+        op = lambda q, k, cos, sin: rope(q, k, cos, sin, interleaved=interleaved, impl=impl)  # noqa: E731
+        return by_rows(op, (q, k), (cos, sin), split=lambda dim: dim == 1)
     kernels = use_triton(impl, q, k, cos, sin) and q.numel() > 0
     return _RoPE.apply(q, k, cos.contiguous(), sin.contiguous(), interleaved, kernels)  # pyright: ignore

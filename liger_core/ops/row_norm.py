@@ -37,6 +37,7 @@ from liger_core.dispatch import (
     triton,
     use_triton,
 )
+from liger_core.ops.sharded import by_rows, is_dtensor
 
 
 class Norm(NamedTuple):
@@ -374,7 +375,10 @@ class _RowNorm(torch.autograd.Function):
 def row_norm(
     x: Tensor, r: Tensor | None, w: Tensor | None, b: Tensor | None, o: Norm, impl: Impl
 ) -> Any:
-    """y, and s where there is a residual, which agrees with x. Checks w, b, devices and `impl`."""
+    """y, and s where there is a residual, which agrees with x. Checks w, b, devices and `impl`.
+
+    DTensors may be split by any dimension but the last, as sequence parallelism does it.
+    """
     if x.dim() == 0:
         raise ValueError("x must be (..., N), got a tensor without dimensions")
     for name, t in (("w", w), ("b", b)):
@@ -382,5 +386,8 @@ def row_norm(
             raise ValueError(
                 f"{name} must have shape {tuple(x.shape[-1:])}, the last of x, got {tuple(t.shape)}"
             )
+    if is_dtensor(x, r, w, b):
+        op = lambda x, r, w, b: row_norm(x, r, w, b, o, impl)  # noqa: E731
+        return by_rows(op, (x, r), (w, b), split=lambda dim: dim < x.dim() - 1)
     kernels = use_triton(impl, x, r, w, b) and x.numel() > 0
     return _RowNorm.apply(x, r, w, b, o, kernels)

@@ -33,7 +33,15 @@ from liger_core import (
     linear_cross_entropy_stats,
 )
 from liger_core.ops.labels import IGNORE_INDEX
+from liger_core.ops.sharded import is_dtensor
 from liger_kernel.config import LigerConfig
+from liger_kernel.transformers.engines import (
+    check_tied,
+    is_linear,
+    split_by_engine,
+    weight_in_backward,
+    zero_width,
+)
 from liger_kernel.transformers.layers import calls
 from liger_kernel.transformers.lora import added, inner, linear, sites
 from liger_kernel.transformers.note import Note, Ticket, note_of
@@ -53,7 +61,7 @@ def noted(head: Any) -> tuple[nn.Module, Note] | None:
     """The fused module whose output `head` returns and its note; None where there is none."""
     while head is not None and (under := inner(head)) is not None:
         head = under
-    if head is None or not (type(head) is nn.Linear or "base_layer" in head._modules):
+    if head is None or not (is_linear(head) or "base_layer" in head._modules):
         return None
     note = note_of(head)
     return None if note is None else (head, note)
@@ -106,6 +114,8 @@ def _fused(model: nn.Module) -> tuple[tuple[nn.Module, Note] | None, str]:
     found = noted(head)
     if torch.compiler.is_compiling():
         return found, "lm_head was wrapped after it was patched"
+    if head is not None:
+        check_tied(model, head)
     loss = vars(model).get("_loss_function")
     if getattr(loss, "func", None) is not loss_function:
         return None, "loss_function was set after the model was patched"
@@ -129,6 +139,11 @@ def _shift(labels: Tensor, ignore_index: int) -> Tensor:
 
 def _total(y: Tensor, total: Tensor | float | None) -> Tensor | None:
     if isinstance(total, Tensor):
+        if total.is_floating_point() and total.dtype.itemsize < 4:
+            raise ValueError(
+                f"num_items_in_batch is {total.dtype}, which rounds counts; pass an integer, as "
+                f"mixed-precision policies of FSDP cast floating inputs"
+            )
         return total.reshape(()).to(y.device)
     return None if total is None else torch.full((), total, dtype=torch.float32, device=y.device)
 
@@ -137,9 +152,17 @@ def forward(head: nn.Module, config: LigerConfig, x: Tensor, *args: Any, **kwarg
     """Replaces lm_head's forward: a linear layer's, or that of PEFT's LoRA around one."""
     note = note_of(head)
     options = added(head, x, *args, **kwargs) if note is not None and note.fuse else None
-    if note is None or (y := note.y) is None or options is None:
+    w = linear(head).weight if options is not None else None
+    # transformers' tensor parallelism hides from no_grad calls that the weight is a part
+    whole = w is not None and w.shape[0] == linear(head).out_features
+    if note is None or (y := note.y) is None or options is None or w is None or not whole:
+        if note is not None and torch.is_grad_enabled():
+            note.unfused = True
+            weight_in_backward(head, True)
         return type(head).forward(head, x, *args, **kwargs)
     note.fuse = False
+    if is_linear(head) and not note.unfused:
+        weight_in_backward(head, False)
     if x.shape[:-1] != y.shape:
         note.clear()
         raise ValueError(
@@ -149,7 +172,7 @@ def forward(head: nn.Module, config: LigerConfig, x: Tensor, *args: Any, **kwarg
     accum = note.accum_dtype or config.accum_dtype
     out = (linear_cross_entropy_stats if note.wanted else linear_cross_entropy)(
         x,
-        linear(head).weight,
+        w,
         y.to(x.device),
         total=None if note.total is None else note.total.to(x.device),
         token_scaling=note.token_scaling,
@@ -166,7 +189,7 @@ def forward(head: nn.Module, config: LigerConfig, x: Tensor, *args: Any, **kwarg
         note.loss = out
     else:
         note.loss, _, note.token_accuracy, note.predicted_tokens = out
-    note.logits = note.loss.to(x.dtype).expand(*x.shape[:-1], 0)
+    note.logits = zero_width(note.loss.to(x.dtype).expand(*x.shape[:-1], 0), x, w)
     if not torch.compiler.is_compiling():
         note.version = note.logits._version
     return note.logits
@@ -192,6 +215,7 @@ def loss_function(
                 f"pass fused_head=False"
             )
         note.loss = note.logits = None
+        logits = logits.to_local() if is_dtensor(logits) else logits  # pyright: ignore
         return loss + logits.sum(dtype=loss.dtype)
     if not config.cross_entropy:
         return original(
@@ -201,6 +225,7 @@ def loss_function(
     if shift_labels is None and labels is not None:
         shift_labels = _shift(labels, ignore_index)
     assert shift_labels is not None
+    logits = logits.full_tensor() if is_dtensor(logits) else logits  # pyright: ignore
     y = shift_labels.to(logits.device)
     return cross_entropy(
         logits, y, reduction="mean" if num_items_in_batch is None else "sum",
@@ -272,10 +297,9 @@ def _fuse_sites(patch: "Patch", head: nn.Module) -> str | None:
     if not (found := sites(head)):
         return f"{type(head).__name__} is more than a matrix product"
     for site in found:
-        if isinstance(fn := vars(site).get("forward"), types.FunctionType):
-            return (
-                f"{fn.__qualname__} is around its forward, as tensor parallelism's that splits it"
-            )
+        fn = vars(site).get("forward")
+        if isinstance(fn, types.FunctionType) and not split_by_engine(fn):
+            return f"{fn.__qualname__} is around its forward"
     paths = {module: path for path, module in patch.model.named_modules()}
     known = patch.recipe is not None and bool(patch.recipe.parts)
     for site in found:

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+from liger_core.ops.sharded import is_dtensor
+from liger_kernel.transformers.engines import WRAPPERS, class_of, is_linear, seen
 
 
 def inner(head: Any) -> nn.Module | None:
@@ -27,21 +28,22 @@ def sites(head: nn.Module) -> list[nn.Module]:
         return [site for module in head.values() for site in sites(module)]
     if (name := next((n for n in WRAPPERS if n in at), None)) is not None:
         return sites(at[name])
-    lora = type(head).__module__ == "peft.tuners.lora.layer" and type(head).__name__ == "Linear"
-    plain = type(at.get("base_layer") if lora else head) is nn.Linear
+    cls = class_of(head)
+    lora = cls.__module__ == "peft.tuners.lora.layer" and cls.__name__ == "Linear"
+    plain = is_linear(at.get("base_layer") if lora else head)
     return [head] if plain and not getattr(head, "fan_in_fan_out", False) else []
 
 
 def linear(head: Any) -> nn.Linear:
     """The product of one of the `sites`."""
-    return head if type(head) is nn.Linear else head.base_layer
+    return head if is_linear(head) else head.base_layer
 
 
 def added(head: Any, x: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
     """Bias and LoRA, as PEFT's forward has them: `b` and `low_rank` of the losses under a head.
 
     None where they are more than that: DoRA and its kin, adapters by row, hooks that would be
-    passed over, adapters that PEFT is about to unmerge.
+    passed over, adapters that PEFT is about to unmerge, or that are around a head that is split.
     """
     base = linear(head)
     if base is head:
@@ -51,6 +53,8 @@ def added(head: Any, x: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any] | N
     if head.merged or head.disable_adapters:
         return {"b": base.bias}
     active = [name for name in head.active_adapters if name in head.lora_A]
+    if active and is_dtensor(x, base.weight):
+        return None
     if kwargs or args or any(name in head.lora_variant for name in active):
         return None
     b, us, vs = base.bias, list[Tensor](), list[Tensor]()
@@ -68,5 +72,4 @@ def added(head: Any, x: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any] | N
 
 def _plain(module: Any) -> bool:
     """A linear layer that nobody has put anything around; its own forward may be a fused one."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return type(module) is nn.Linear and not hooks
+    return is_linear(module) and not seen(module._forward_hooks, module._forward_pre_hooks)

@@ -36,9 +36,10 @@ class Note:
     token_accuracy: Tensor | None = None
     predicted_tokens: Tensor | None = None
     checked: bool = False  # whether what becomes of the logits is known
+    unfused: bool = False  # whether full logits with a gradient were ever made
 
     def clear(self) -> None:
-        self.__init__(checked=self.checked)
+        self.__init__(checked=self.checked, unfused=self.unfused)
 
 
 class Ticket:

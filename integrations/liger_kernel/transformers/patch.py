@@ -14,6 +14,7 @@ from torch import nn
 from liger_core.dispatch import use_triton
 from liger_kernel.config import LigerConfig, disabled
 from liger_kernel.transformers import head
+from liger_kernel.transformers.engines import WRAPPERS, class_of
 from liger_kernel.transformers.layers import replacement
 from liger_kernel.transformers.recipes import RECIPES, Recipe
 
@@ -72,7 +73,7 @@ class Patch:
 
     def record(self, path: str, module: nn.Module, after: str) -> None:
         """Note a replacement for the report."""
-        self.changes.append(Change(path, type(module).__name__, after))
+        self.changes.append(Change(path, class_of(module).__name__, after))
 
     def leave(self, part: str, why: str) -> None:
         """Note what was asked for and is left as it is; raise instead where `strict`."""
@@ -184,11 +185,11 @@ def _layers(patch: Patch, recipe: Recipe) -> None:
     done: set[str] = set()
     why: dict[str, str] = {}
     for path, module in list(patch.model.named_modules()):
-        if (part := wanted.get(type(module).__name__)) is None:
+        if (part := wanted.get(class_of(module).__name__)) is None:
             continue
         new = replacement(module, part, patch.config)
         if isinstance(new, str):
-            why[part.field] = f"{path} ({type(module).__name__}): {new}"
+            why[part.field] = f"{path} ({class_of(module).__name__}): {new}"
             continue
         attr, fn, op = new
         if attr == "forward":
@@ -214,8 +215,9 @@ def patch_of(model: nn.Module) -> Patch | None:
 
 
 def _bare(model: Any) -> nn.Module:
-    """Without what torch.compile and PEFT put around it."""
-    model = getattr(model, "_orig_mod", model)
+    """Without what torch.compile, DDP, FSDP1, DeepSpeed and PEFT put around it."""
+    while [*model._modules] in ([name] for name in (*WRAPPERS, "module")):
+        (model,) = model._modules.values()
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

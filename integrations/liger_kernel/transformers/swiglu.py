@@ -13,6 +13,7 @@ from torch.nn.modules import module as nn_module
 from liger_core import glu, glu_packed, tiled
 from liger_core.dispatch import Impl
 from liger_core.ops.glu import Activation
+from liger_kernel.transformers.engines import seen
 
 
 def unseen(*linears: nn.Module) -> bool:
@@ -20,7 +21,8 @@ def unseen(*linears: nn.Module) -> bool:
     own check of versions is off under the saved-tensor hooks of checkpointing.
     """
     return not (torch.compiler.is_compiling() or nn_module._global_forward_hooks) and all(
-        type(m) is nn.Linear and not m._forward_hooks and "forward" not in vars(m) for m in linears
+        type(m) is nn.Linear and not seen(m._forward_hooks) and "forward" not in vars(m)
+        for m in linears
     )
 
 

@@ -1,0 +1,74 @@
+"""What engines of parallel training make of modules, and what a fused head has to know of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liger_core.ops.sharded import is_dtensor
+
+WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The module's class, and not the one that FSDP2's `fully_shard` derives from it."""
+    cls, *bases = type(module).__mro__
+    if not bases[0].__module__.startswith("torch.distributed."):
+        return cls
+    return next(c for c in bases if not c.__module__.startswith("torch.distributed."))
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    """Whether it is `nn.Linear` and no subclass, but for FSDP2's own."""
+    return type(module) is nn.Linear or (module is not None and class_of(module) is nn.Linear)
+
+
+def seen(*hooks: Mapping[int, Any]) -> bool:
+    """Whether somebody is among these hooks; DeepSpeed's, which gather weights, are nobody's."""
+    return any(
+        not getattr(hook, "__module__", "").startswith("deepspeed.")
+        for each in hooks
+        for hook in each.values()
+    )
+
+
+def split_by_engine(forward: Any) -> bool:
+    """Whether this closure around a head's forward only moves tensors: transformers' TP."""
+    return (getattr(forward, "__module__", None) or "").endswith(".tensor_parallel")
+
+
+def check_tied(model: Any, head: nn.Module) -> None:
+    """RuntimeError where FSDP1 shards a tied head apart from the embedding: gradients of one of the
+    two are lost there, with a patch or without. FSDP2 refuses that itself.
+    """
+    at = head._modules
+    if "_fsdp_wrapped_module" in at and model.config.get_text_config().tie_word_embeddings:
+        raise RuntimeError(
+            "lm_head is an FSDP unit of its own, but its weight is the embedding's, whose gradient "
+            "FSDP then loses; leave lm_head in the root unit, or untie the two "
+            "(config.tie_word_embeddings=False)"
+        )
+
+
+def weight_in_backward(head: nn.Module, needed: bool) -> None:
+    """Tell FSDP2 whether to gather the weight of a head that is a unit by itself for its backward.
+
+    The fused head has its gradients by then, and the weight is the largest that there is.
+    """
+    set_unshard: Any = getattr(head, "set_unshard_in_backward", None)
+    if set_unshard is None or torch.compiler.is_compiling():
+        return
+    if getattr(head._get_fsdp_state(), "_modules", None) == (head,):  # pyright: ignore
+        set_unshard(needed)
+
+
+def zero_width(logits: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """(..., 0) logits of a head as its own product would be placed, where it is split."""
+    if not is_dtensor(x):
+        return logits
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    assert isinstance(x, DTensor) and isinstance(w, DTensor)
+    places = [Replicate() if p.is_replicate() else Shard(logits.dim() - 1) for p in w.placements]
+    return DTensor.from_local(logits, x.device_mesh, places, run_check=False)

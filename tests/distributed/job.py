@@ -1,0 +1,330 @@
+"""Train a tiny model for a few steps under an engine, and without one; compare. Started by `launch`.
+
+job.py RUNS RESULTS: RUNS holds a JSON list of runs, each a dict of `engine` and what `Run` has.
+Process 0 writes a line of JSON for each run to RESULTS as soon as it is done.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import families
+from engines import ENGINES, LR, Engine, hf
+from liger_kernel.check import allowed
+from liger_kernel.transformers.patch import apply
+
+LENGTH, V = 9, 98  # transformers' tensor parallelism wants an even number of classes
+SCALE = 3.0  # of the loss, as a loss scaler would have it
+CUDA = torch.cuda.is_available()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One engine and one way to use it."""
+
+    engine: str
+    model: str = "llama"
+    over: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the configuration
+    dtype: str = "float32"
+    patched: bool = True
+    order: str = "patch-engine"  # who comes first: also "engine-patch", "patch-peft-engine"
+    peft: str | None = None  # "lora", "lora-head", "save-head"
+    total: str = "tensor"  # num_items_in_batch: "tensor", "int", "float", "none"
+    shifted: bool = False  # labels come as shift_labels
+    twice: bool = False  # two calls, then one backward
+    accumulate: bool = False  # a backward for each row, reduced with the last
+    checkpointing: bool = False
+    compile: bool = False
+    autocast: bool = False
+    evaluate: bool = False  # two calls without a gradient first, one of them with the loss fused
+    logits: bool = False  # the first step with full logits, whose backward needs the weight
+    ignored: bool = False  # all labels of process 1
+    steps: int = 1
+    refused: str = ""  # part of the error that is expected
+
+    @property
+    def name(self) -> str:
+        parts = [self.engine]
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value != (field.default if field.name != "over" else {}) and field.name != "refused":
+                word = value if isinstance(value, str) else ""
+                word = ",".join(f"{k}={v}" for k, v in value.items()) if value and field.name == "over" else word
+                parts.append(f"{field.name}={word}" if word else field.name)
+        return "-".join(parts)
+
+    @property
+    def calls(self) -> int:
+        return 2 if self.twice or self.accumulate else 1
+
+
+def batch(run: Run, rank: int) -> tuple[Tensor, Tensor]:
+    """(2, 9) ids and labels of a process, of which it scores other numbers than the others do."""
+    ids = (torch.arange(2 * LENGTH).view(2, LENGTH) * (7 + rank) + 5 * rank) % (V - 3) + 3
+    first = torch.tensor([[5 - rank % 3], [8 - 4 * (rank % 2)]])
+    labels = ids.where(torch.arange(LENGTH) >= first, -100)
+    return ids, torch.full_like(labels, -100) if run.ignored and rank == 1 else labels
+
+
+def shift(labels: Tensor) -> Tensor:
+    return nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
+
+
+def build(run: Run) -> Any:
+    model = families.build(run.model, vocab_size=V, **run.over)
+    if run.checkpointing:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        model.enable_input_require_grads()
+    return model
+
+
+def with_peft(run: Run, model: nn.Module) -> nn.Module:
+    if run.peft is None:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    targets = ["q_proj", "lm_head"] if run.peft == "lora-head" else ["q_proj", "v_proj"]
+    config = LoraConfig(
+        r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False,
+        modules_to_save=["lm_head"] if run.peft == "save-head" else None,
+    )  # fmt: skip
+    return get_peft_model(model, config).train()
+
+
+def prepared(run: Run, engine: Engine, patched: bool) -> Any:
+    """Model, PEFT, patch and engine, in the order asked for."""
+    first = run.order.split("-")[0]
+    model = build(run)
+    if patched and run.order == "patch-peft-engine":
+        apply(model)
+    model = with_peft(run, model)
+    if hasattr(engine, "before"):
+        model = engine.before(model)
+    if patched and first == "patch":
+        apply(model)
+    model = engine.wrap(model)
+    if patched and first == "engine":
+        apply(model)
+    if run.compile:
+        model = torch.compile(model, backend="aot_eager")
+    engine.optimize(model)
+    return model
+
+
+def one_loss(
+    run: Run, engine: Engine, model: Any, patched: bool, ids: Tensor, labels: Tensor, total: int,
+    **more: Any,
+) -> Tensor:  # fmt: skip
+    kinds: dict[str, Any] = dict(
+        tensor=lambda n: torch.tensor(n, device=engine.device), int=int, float=float,
+        bf16=lambda n: torch.tensor(n, dtype=torch.bfloat16, device=engine.device),
+        none=lambda _: None,
+    )  # fmt: skip
+    more |= dict(shift_labels=shift(labels)) if run.shifted and patched else dict(labels=labels)
+    more = {k: v.to(engine.device) if isinstance(v, Tensor) else v for k, v in more.items()}
+    if run.total != "none":
+        more["num_items_in_batch"] = kinds[run.total](total)
+    on = torch.autocast(engine.device.type, torch.bfloat16, enabled=run.autocast)
+    with on:
+        out = model(input_ids=ids.to(engine.device), use_cache=False, **more)
+    widths.add(out.logits.shape[-1])
+    return whole(out.loss)
+
+
+widths: set[int] = set()  # of the logits of a run's calls
+
+
+def whole(loss: Tensor) -> Tensor:
+    return loss.full_tensor() if hasattr(loss, "full_tensor") else loss  # pyright: ignore
+
+
+def train(run: Run, engine: Engine, patched: bool) -> dict[str, Any]:
+    """Losses, the first step's gradients, and what becomes of the parameters."""
+    model = prepared(run, engine, patched)
+    mine, others = engine.rank, engine.world
+    parts = dist.get_world_size() // others  # of the data that one process goes through
+    share = range(mine * parts, (mine + 1) * parts)
+    ids, labels = (torch.cat(t) for t in zip(*(batch(run, r) for r in share), strict=True))
+    every = [batch(run, r)[1] for r in range(dist.get_world_size())]
+    total = sum(int((shift(y) != -100).sum()) for y in every)
+    losses: list[float] = []
+    gradients: dict[str, Tensor] = {}
+    if run.evaluate:
+        with torch.no_grad():
+            one_loss(run, engine, model, patched, ids, labels, total)
+            if patched:
+                model.eval()
+                fused = one_loss(run, engine, model, patched, ids, labels, total, skip_logits=True)
+                assert fused.isfinite()
+            model.train()
+        widths.clear()
+    for step in range(run.steps):
+        calls, loss = list(zip(ids.chunk(run.calls), labels.chunk(run.calls), strict=True)), 0.0
+        held: list[Tensor] = []
+        more: dict[str, Any] = dict(skip_logits=False) if run.logits and patched and not step else {}
+        for i, (x, y) in enumerate(calls):
+            last = i == len(calls) - 1
+            with engine.held(model, last or not run.accumulate):
+                part = one_loss(run, engine, model, patched, x, y, total, **more)
+                # what is divided by the count of all is averaged over processes once too often
+                part = part / len(calls) if run.total == "none" else part * others
+                loss += part.item() / others
+                if run.accumulate:
+                    engine.backward(model, part * SCALE)
+                    if not last:
+                        engine.between(model)
+                else:
+                    held.append(part)
+        if held:
+            engine.backward(model, sum(held[1:], held[0]) * SCALE)
+        mean = torch.tensor(loss, device=engine.device)
+        dist.all_reduce(mean)
+        losses.append(mean.item() / parts)
+        if step == 0:
+            gradients = engine.gradients(model)
+        if run.steps > 1:
+            engine.step(model)
+    after = engine.parameters(model) if run.steps > 1 else {}
+    return dict(losses=losses, gradients=gradients, parameters=after)
+
+
+class Alone(Engine):
+    """One process with the batches of all."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device, torch.float32, 1)
+        self.rank, self.world = 0, 1
+
+
+def reference(run: Run, engine: Engine) -> dict[str, Any]:
+    """The unpatched model, in one process and fp32. What is a mean of a process's own labels, or has
+    a loss of its experts, is averaged over the batches of all."""
+    alone = Alone(engine.device)
+    run = dataclasses.replace(run, autocast=False, compile=False, logits=False, evaluate=False)
+    additive = run.total != "none" and run.model not in ("mixtral", "qwen3_moe")
+    additive = additive or engine.world == 1
+    model = prepared(run, alone, False)
+    groups = 1 if additive else engine.world * run.calls
+    data = [batch(run, r) for r in range(dist.get_world_size())]
+    ids, labels = (torch.cat(t) for t in zip(*data, strict=True))
+    total = sum(int((shift(y) != -100).sum()) for _, y in data)
+    losses: list[float] = []
+    gradients: dict[str, Tensor] = {}
+    for step in range(run.steps):
+        loss = 0.0
+        for x, y in zip(ids.chunk(groups), labels.chunk(groups), strict=True):
+            part = one_loss(run, alone, model, False, x, y, total)
+            part = part / groups if run.total == "none" else part
+            (part * SCALE).backward()
+            loss += part.item()
+        losses.append(loss)
+        if step == 0:
+            gradients = alone.gradients(model)
+        if run.steps > 1:
+            alone.step(model)
+    widths.clear()
+    return dict(losses=losses, gradients=gradients, parameters=alone.parameters(model))
+
+
+def farthest(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest max|difference| / max|wanted| of all, and whose it is."""
+    if "lm_head.weight" in got and "lm_head.weight" not in want:  # tensor parallelism unties
+        got["model.embed_tokens.weight"] = got["model.embed_tokens.weight"] + got["lm_head.weight"]
+    if missing := want.keys() - got.keys():
+        raise AssertionError(f"no gradient for {sorted(missing)[:3]}")
+    return max(
+        ((got[n].cpu() - w.cpu()).abs().max().item() / max(w.abs().max().item(), 1e-12), n)
+        for n, w in want.items()
+    )
+
+
+def spread(gradients: dict[str, Tensor], device: torch.device) -> float:
+    """How far the processes' gradients are from each other: 0, where each has all of them."""
+    far = 0.0
+    for _, g in sorted(gradients.items()):
+        most, least = g.to(device).clone(), g.to(device).clone()
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        far = max(far, (most - least).abs().max().item())
+    return far
+
+
+def used(run: Run, engine: Any, got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
+    """In fewer bits than fp32: the largest share of the error allowed, that of the plain model."""
+    widths_of_run = widths.copy()
+    plain = train(dataclasses.replace(run, patched=False), engine(), False)["gradients"]
+    widths.clear()
+    widths.update(widths_of_run)
+    dtype = torch.bfloat16
+    shares = []
+    for n, w in want.items():
+        error, theirs = ((t[n].float() - w).norm() for t in (got, plain))
+        shares.append(((error / allowed(theirs, w.norm(), dtype)).item(), n))
+    return max(shares)
+
+
+def compare(run: Run, device: torch.device) -> dict[str, Any]:
+    dtype = getattr(torch, run.dtype)
+
+    def engine() -> Engine:
+        return ENGINES[run.engine](device, dtype, run.calls if run.accumulate else 1)
+
+    widths.clear()
+    if run.refused:
+        try:
+            train(run, engine(), run.patched)
+        except Exception as e:
+            assert run.refused in str(e), f"another error: {e!r}"
+            return dict(refused=str(e))
+        raise AssertionError("was not refused")
+    want = reference(run, engine())
+    got = train(run, engine(), run.patched)
+    result: dict[str, Any] = dict(width=max(widths))
+    result["loss"] = max(abs(g - w) / abs(w) for g, w in zip(got["losses"], want["losses"], strict=True))
+    result["spread"] = spread(got["gradients"], device)
+    if run.dtype != "float32" or run.autocast:
+        result["used"], result["where"] = used(run, engine, got["gradients"], want["gradients"])
+        return result
+    result["gradient"], result["where"] = farthest(got["gradients"], want["gradients"])
+    if run.steps > 1:  # what has become of them, of what was to become of them
+        result["parameters"], _ = farthest(got["parameters"], want["parameters"])
+    return result
+
+
+def main(runs: list[dict[str, Any]], results: Path) -> None:
+    rank = int(os.environ["RANK"])
+    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if CUDA else "cpu")
+    if CUDA:
+        torch.cuda.set_device(device)
+    torch.set_num_threads(1)
+    backend = "nccl" if CUDA else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=20))
+    for fields in runs:
+        run, began = Run(**fields), time.perf_counter()
+        try:
+            result = compare(run, device)
+        except Exception as e:
+            result = dict(error=f"{e!r}\n{traceback.format_exc()[-1500:]}")
+        torch.compiler.reset()
+        result["seconds"] = round(time.perf_counter() - began, 1)
+        if rank == 0 or "error" in result:
+            with results.open("a") as f:
+                f.write(json.dumps(dict(run=run.name, rank=rank) | result) + "\n")
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # DeepSpeed and FSDP1 leave threads behind
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
