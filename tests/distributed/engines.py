@@ -31,12 +31,20 @@ def whole(t: Tensor) -> Tensor:
 
 
 class Engine:
-    """One process, and what all of them have in common. `width`: bits that it computes in."""
+    """One process, and what all of them have in common."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, accumulate: int) -> None:
         self.device, self.dtype, self.accumulate = device, dtype, accumulate
         self.rank, self.world = dist.get_rank(), dist.get_world_size()  # of data
-        self.data: Any = None  # the group of processes with other data
+
+    def share(self) -> range:
+        """Whose batches this process trains on; there are as many as processes."""
+        parts = dist.get_world_size() // self.world
+        return range(self.rank * parts, (self.rank + 1) * parts)
+
+    def inputs(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Of the model."""
+        return dict(input_ids=ids, labels=labels)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         return model.to(self.device, self.dtype)
@@ -57,6 +65,15 @@ class Engine:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def clear(self, model: Any) -> None:
+        """Let go of the gradients."""
+        model.zero_grad()
+
+    def recovered(self, model: Any) -> Any:
+        """The model after a step that broke off, as the engine's users do it."""
+        self.clear(model)
+        return model
+
     def gradients(self, model: Any) -> dict[str, Tensor]:
         named = ((clean(n), p.grad) for n, p in model.named_parameters())
         return {n: whole(g).detach().clone() for n, g in named if g is not None}
@@ -69,11 +86,16 @@ class DDP(Engine):
     def wrap(self, model: nn.Module) -> nn.Module:
         return nn.parallel.DistributedDataParallel(super().wrap(model))
 
+    def recovered(self, model: Any) -> Any:
+        return super().recovered(DDP.wrap(self, model.module))
+
     def held(self, model: Any, last: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if last else model.no_sync()
 
 
 class FSDP1(DDP):
+    recovered = Engine.recovered
+
     def __init__(self, *args: Any, head: bool = False, flat: bool = False) -> None:
         super().__init__(*args)
         self.head, self.flat = head, flat
@@ -137,6 +159,11 @@ class FSDP2(Engine):
         if self.head:
             fully_shard(hf(model).lm_head, **options)
         return fully_shard(model, **options)
+
+    def recovered(self, model: Any) -> Any:
+        self.clear(model)  # of what is whole at the moment, before it is not there to be found
+        model.reset_iter_state()  # torch 2.13
+        return super().recovered(model)
 
     def held(self, model: Any, last: bool) -> contextlib.AbstractContextManager[Any]:
         model.set_requires_gradient_sync(last)
@@ -276,10 +303,45 @@ class FSDP2TP(FSDP2):
         super().__init__(*args, head=head, mesh=both["data"])
         self.tensor = TP(self.device, torch.float32, 1, plan=plan, mesh=both["tensor"])
         self.rank, self.world = both["data"].get_local_rank(), world // 2
-        self.data = both["data"].get_group()
 
     def wrap(self, model: nn.Module) -> nn.Module:
         return super().wrap(self.tensor.wrap(model))
+
+
+class CP(DDP):
+    """Context parallelism: a part of every sequence in each process, whose attention gathers the
+    keys and values of all. Gradients are averaged as DDP does it, the loss is a part of a sum."""
+
+    def share(self) -> range:
+        return range(self.world)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        AttentionInterface.register("gathered", gathered_attention)
+        AttentionMaskInterface.register("gathered", lambda *_, **__: None)
+        hf(model).set_attn_implementation("gathered")
+        return super().wrap(model)
+
+    def inputs(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        shifted = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+        at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        named = dict(input_ids=ids, labels=labels, shift_labels=shifted, position_ids=at)
+        return {n: t.chunk(self.world, 1)[self.rank].contiguous() for n, t in named.items()}
+
+
+def gathered_attention(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """q (B, heads, T, D) of this process's tokens; k and v likewise, gathered here."""
+    from torch.distributed.nn.functional import all_gather
+
+    groups, T = q.shape[1] // k.shape[1], q.shape[2]
+    k, v = (torch.cat(all_gather(t.contiguous()), 2).repeat_interleave(groups, 1) for t in (k, v))
+    at = torch.arange(T, device=q.device) + T * dist.get_rank()
+    later = torch.arange(k.shape[2], device=q.device) > at[:, None]
+    scores = (q @ k.mT * scaling).masked_fill(later, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2), None
 
 
 ENGINES: dict[str, Any] = {
@@ -297,6 +359,7 @@ ENGINES: dict[str, Any] = {
     "zero3": functools.partial(Zero, stage=3),
     "zero3-init": functools.partial(Zero, stage=3, init=True),
     "zero3-offload": functools.partial(Zero, stage=3, offload=True),
+    "cp": CP,
     "tp-hf": functools.partial(TP, plan="hf"),
     "tp-rep": functools.partial(TP, plan="rep"),
     "tp-shard": functools.partial(TP, plan="shard"),

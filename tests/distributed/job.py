@@ -23,7 +23,7 @@ from engines import ENGINES, LR, Engine, hf
 from liger_kernel.check import allowed
 from liger_kernel.transformers.patch import apply
 
-LENGTH, V = 9, 98  # transformers' tensor parallelism wants an even number of classes
+LENGTH, V = 12, 98  # transformers' tensor parallelism wants an even number of classes
 SCALE = 3.0  # of the loss, as a loss scaler would have it
 CUDA = torch.cuda.is_available()
 
@@ -69,7 +69,7 @@ class Run:
 
 
 def batch(run: Run, rank: int) -> tuple[Tensor, Tensor]:
-    """(2, 9) ids and labels of a process, of which it scores other numbers than the others do."""
+    """(2, 12) ids and labels of a process, of which it scores other numbers than the others do."""
     ids = (torch.arange(2 * LENGTH).view(2, LENGTH) * (7 + rank) + 5 * rank) % (V - 3) + 3
     first = torch.tensor([[5 - rank % 3], [8 - 4 * (rank % 2)]])
     labels = ids.where(torch.arange(LENGTH) >= first, -100)
@@ -131,13 +131,14 @@ def one_loss(
         bf16=lambda n: torch.tensor(n, dtype=torch.bfloat16, device=engine.device),
         none=lambda _: None,
     )  # fmt: skip
-    more |= dict(shift_labels=shift(labels)) if run.shifted and patched else dict(labels=labels)
-    more = {k: v.to(engine.device) if isinstance(v, Tensor) else v for k, v in more.items()}
+    more |= engine.inputs(ids.to(engine.device), labels.to(engine.device))
+    if run.shifted and patched:
+        more["shift_labels"] = shift(more.pop("labels"))
     if run.total != "none":
         more["num_items_in_batch"] = kinds[run.total](total)
     on = torch.autocast(engine.device.type, torch.bfloat16, enabled=run.autocast)
     with on:
-        out = model(input_ids=ids.to(engine.device), use_cache=False, **more)
+        out = model(use_cache=False, **more)
     widths.add(out.logits.shape[-1])
     return whole(out.loss)
 
@@ -152,10 +153,9 @@ def whole(loss: Tensor) -> Tensor:
 def train(run: Run, engine: Engine, patched: bool) -> dict[str, Any]:
     """Losses, the first step's gradients, and what becomes of the parameters."""
     model = prepared(run, engine, patched)
-    mine, others = engine.rank, engine.world
-    parts = dist.get_world_size() // others  # of the data that one process goes through
-    share = range(mine * parts, (mine + 1) * parts)
-    ids, labels = (torch.cat(t) for t in zip(*(batch(run, r) for r in share), strict=True))
+    others = engine.world
+    share = (batch(run, r) for r in engine.share())
+    ids, labels = (torch.cat(t) for t in zip(*share, strict=True))
     every = [batch(run, r)[1] for r in range(dist.get_world_size())]
     total = sum(int((shift(y) != -100).sum()) for y in every)
     losses: list[float] = []
@@ -190,7 +190,7 @@ def train(run: Run, engine: Engine, patched: bool) -> dict[str, Any]:
             engine.backward(model, sum(held[1:], held[0]) * SCALE)
         mean = torch.tensor(loss, device=engine.device)
         dist.all_reduce(mean)
-        losses.append(mean.item() / parts)
+        losses.append(mean.item() * others / dist.get_world_size())
         if step == 0:
             gradients = engine.gradients(model)
         if run.steps > 1:
@@ -204,7 +204,7 @@ class Alone(Engine):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device, torch.float32, 1)
-        self.rank, self.world = 0, 1
+        self.rank, self.world = 0, 1  # of one, with as many batches as there are processes
 
 
 def reference(run: Run, engine: Engine) -> dict[str, Any]:

@@ -33,7 +33,9 @@ from liger_core import (
     linear_cross_entropy_stats,
 )
 from liger_core.ops.labels import IGNORE_INDEX
+from liger_core.ops.reduction import CrossEntropyStats
 from liger_core.ops.sharded import is_dtensor
+from liger_kernel import together
 from liger_kernel.config import LigerConfig
 from liger_kernel.transformers.engines import (
     check_tied,
@@ -102,6 +104,7 @@ def leave_note(
         note.total = _total(y, kwargs.get("num_items_in_batch"))
         note.token_scaling, note.accum_dtype = token_scaling, accum
         if not torch.compiler.is_compiling():
+            together.watch()
             note.scan = LabelScan(y, linear(head).out_features, ignore_index)
     elif token_scaling:
         raise ValueError("use_token_scaling needs the fused head: train, or pass skip_logits=True")
@@ -155,7 +158,7 @@ def forward(head: nn.Module, config: LigerConfig, x: Tensor, *args: Any, **kwarg
     w = linear(head).weight if options is not None else None
     # transformers' tensor parallelism hides from no_grad calls that the weight is a part
     whole = w is not None and w.shape[0] == linear(head).out_features
-    if note is None or (y := note.y) is None or options is None or w is None or not whole:
+    if note is None or note.y is None or options is None or w is None or not whole:
         if note is not None and torch.is_grad_enabled():
             note.unfused = True
             weight_in_backward(head, True)
@@ -163,14 +166,32 @@ def forward(head: nn.Module, config: LigerConfig, x: Tensor, *args: Any, **kwarg
     note.fuse = False
     if is_linear(head) and not note.unfused:
         weight_in_backward(head, False)
-    if x.shape[:-1] != y.shape:
+    try:
+        out = _loss(note, config, x, w, note.y, options)
+    except ValueError as error:  # of this process's labels: the others are not to wait for it
         note.clear()
+        together.announce(error)
+        raise
+    if isinstance(out, Tensor):
+        note.loss = out
+    else:
+        note.loss, _, note.token_accuracy, note.predicted_tokens = out
+    note.logits = zero_width(note.loss.to(x.dtype).expand(*x.shape[:-1], 0), x, w)
+    if not torch.compiler.is_compiling():
+        note.version = note.logits._version
+    return note.logits
+
+
+def _loss(
+    note: Note, config: LigerConfig, x: Tensor, w: Tensor, y: Tensor, options: dict[str, Any]
+) -> Tensor | CrossEntropyStats:
+    if x.shape[:-1] != y.shape:
         raise ValueError(
             f"labels must have shape {tuple(x.shape[:-1])}, as lm_head's input (logits_to_keep "
             f"cuts the logits, not the labels), got {tuple(y.shape)}"
         )
     accum = note.accum_dtype or config.accum_dtype
-    out = (linear_cross_entropy_stats if note.wanted else linear_cross_entropy)(
+    return (linear_cross_entropy_stats if note.wanted else linear_cross_entropy)(
         x,
         w,
         y.to(x.device),
@@ -185,14 +206,6 @@ def forward(head: nn.Module, config: LigerConfig, x: Tensor, *args: Any, **kwarg
         impl=config.impl,
         **options,
     )
-    if isinstance(out, Tensor):
-        note.loss = out
-    else:
-        note.loss, _, note.token_accuracy, note.predicted_tokens = out
-    note.logits = zero_width(note.loss.to(x.dtype).expand(*x.shape[:-1], 0), x, w)
-    if not torch.compiler.is_compiling():
-        note.version = note.logits._version
-    return note.logits
 
 
 def loss_function(
