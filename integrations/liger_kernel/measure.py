@@ -1,4 +1,4 @@
-"""Exact peak memory of a piece of code, and step times of variants taken in turns."""
+"""Exact peak memory and collectives of a piece of code, step times of variants taken in turns."""
 
 import itertools
 import os
@@ -10,8 +10,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["PeakMemory", "call_ms", "interleaved_median", "step_times"]
+__all__ = ["PeakMemory", "Traffic", "call_ms", "interleaved_median", "step_times"]
 
 
 class PeakMemory:
@@ -132,6 +135,32 @@ def call_ms(fn: Callable[[], object], device: torch.device | str = "cpu") -> flo
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end)
+
+
+class Traffic(TorchDispatchMode):
+    """Collectives within the `with` block and its backward, by op: calls, bytes of their inputs.
+
+        with Traffic() as traffic:
+            step()
+        traffic.ops  # {"c10d._allgather_base_": [2, 4096]}
+
+    Bytes are those of this process: its own part where one gathers, all of it where one reduces.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(t.__name__ == "DTensor" for t in types):
+            return NotImplemented  # it calls its collectives with plain tensors
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
+            named = zip(func._schema.arguments, args, strict=False)
+            inputs = tree_leaves([arg for at, arg in named if not at.name.startswith("output")])
+            count = self.ops.setdefault(str(func.overloadpacket), [0, 0])
+            count[0] += 1
+            count[1] += sum(t.nbytes for t in inputs if isinstance(t, Tensor))
+        return func(*args, **(kwargs or {}))
 
 
 def _allocations(profile: Any) -> list[int]:

@@ -1,8 +1,8 @@
 """DTensors: each process runs an op on its own shard of the rows, and a loss on its own classes.
 
-    y = op(x, w)        x split by any dimension that the op does not need whole, w the same everywhere
+    y = op(x, w)    x split by any dimension that the op does not need whole, w the same everywhere
 
-What is split otherwise, or is a sum that is not taken yet, is gathered first, as torch's own ops do.
+What is split otherwise, or is a sum that is not taken yet, is gathered first, as torch's ops do.
 The gradient of w is then a part of a sum over the processes, and leaves as `Partial`.
 """
 

@@ -180,7 +180,8 @@ def zero_config(stage: int, accumulate: int, dtype: torch.dtype, offload: bool) 
     return dict(
         train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=accumulate,
         zero_optimization=zero, bf16=dict(enabled=dtype == torch.bfloat16),
-        zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=False, gradient_clipping=0.0,
+        zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=False,
+        gradient_clipping=0.0,
     )  # fmt: skip
 
 

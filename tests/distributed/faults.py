@@ -17,7 +17,7 @@ import torch.distributed as dist
 import engines
 import job
 from engines import ENGINES
-from job import CUDA, Run
+from job import Run
 from liger_core.ops import linear_head
 
 SMALL = slice(0, 1)  # of the rows of a batch
@@ -46,7 +46,9 @@ def starved(model: Any, where: str, patched: bool) -> Any:
         linear_head.Walk.buffer = buffer
 
 
-def step(run: Run, engine: Any, model: Any, patched: bool, rows: slice, poison: bool = False) -> Any:
+def step(
+    run: Run, engine: Any, model: Any, patched: bool, rows: slice, poison: bool = False
+) -> Any:
     data = [[t[rows] for t in job.batch(run, r)] for r in range(dist.get_world_size())]
     ids, labels = (torch.cat(t) for t in zip(*(data[r] for r in engine.share()), strict=True))
     every = [y for _, y in data]
@@ -59,11 +61,7 @@ def step(run: Run, engine: Any, model: Any, patched: bool, rows: slice, poison: 
 
 
 def main(fault: str, name: str, patched: bool) -> None:
-    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if CUDA else "cpu")
-    if CUDA:
-        torch.cuda.set_device(device)
-    torch.set_num_threads(1)
-    dist.init_process_group("nccl" if CUDA else "gloo", timeout=timedelta(minutes=10))
+    device = job.start(timedelta(minutes=10))
     run, engines.LR = Run(name), 0.0
     engine = ENGINES[name](device, torch.float32, 1)
     model = job.prepared(run, engine, patched)

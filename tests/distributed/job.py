@@ -1,16 +1,19 @@
-"""Train a tiny model for a few steps under an engine, and without one; compare. Started by `launch`.
+"""Train a tiny model for a few steps under an engine, and without one. Started by `launch`.
 
 job.py RUNS RESULTS: RUNS holds a JSON list of runs, each a dict of `engine` and what `Run` has.
 Process 0 writes a line of JSON for each run to RESULTS as soon as it is done.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import families
-from engines import ENGINES, LR, Engine, hf
+from engines import ENGINES, Engine
 from liger_kernel.check import allowed
+from liger_kernel.measure import Traffic
 from liger_kernel.transformers.patch import apply
 
-LENGTH, V = 12, 98  # transformers' tensor parallelism wants an even number of classes
+LENGTH, V = 16, 98  # transformers' tensor parallelism wants an even number of classes
 SCALE = 3.0  # of the loss, as a loss scaler would have it
 CUDA = torch.cuda.is_available()
 
@@ -50,27 +54,32 @@ class Run:
     logits: bool = False  # the first step with full logits, whose backward needs the weight
     ignored: bool = False  # all labels of process 1
     steps: int = 1
+    seed: int = 0  # of the batches
+    traffic: bool = False  # count what is communicated, with the patch and without
     refused: str = ""  # part of the error that is expected
 
     @property
     def name(self) -> str:
-        parts = [self.engine]
+        parts = [self.engine, *(f"{key}={value}" for key, value in self.over.items())]
         for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
-            if value != (field.default if field.name != "over" else {}) and field.name != "refused":
-                word = value if isinstance(value, str) else ""
-                word = ",".join(f"{k}={v}" for k, v in value.items()) if value and field.name == "over" else word
-                parts.append(f"{field.name}={word}" if word else field.name)
-        return "-".join(parts)
+            if field.name not in ("over", "refused") and value != field.default:
+                parts.append(field.name if value is True else f"{field.name}={value}")
+        return " ".join(parts)
 
     @property
     def calls(self) -> int:
         return 2 if self.twice or self.accumulate else 1
 
 
+SEEDS = 4  # batches over which errors in fewer bits are averaged
+
+
 def batch(run: Run, rank: int) -> tuple[Tensor, Tensor]:
-    """(2, 12) ids and labels of a process, of which it scores other numbers than the others do."""
-    ids = (torch.arange(2 * LENGTH).view(2, LENGTH) * (7 + rank) + 5 * rank) % (V - 3) + 3
+    """(2, 16) ids and labels of a process, of which it scores other numbers than the others do."""
+    ids = (torch.arange(2 * LENGTH).view(2, LENGTH) * (7 + rank) + 5 * rank + 11 * run.seed) % (
+        V - 3
+    ) + 3
     first = torch.tensor([[5 - rank % 3], [8 - 4 * (rank % 2)]])
     labels = ids.where(torch.arange(LENGTH) >= first, -100)
     return ids, torch.full_like(labels, -100) if run.ignored and rank == 1 else labels
@@ -150,53 +159,68 @@ def whole(loss: Tensor) -> Tensor:
     return loss.full_tensor() if hasattr(loss, "full_tensor") else loss  # pyright: ignore
 
 
+def counted(run: Run) -> int:
+    """The scored labels of all processes."""
+    every = (shift(batch(run, rank)[1]) for rank in range(dist.get_world_size()))
+    return sum(int((y != -100).sum()) for y in every)
+
+
+def batches(run: Run, ranks: Iterable[int]) -> tuple[Tensor, Tensor]:
+    ids, labels = zip(*(batch(run, rank) for rank in ranks), strict=True)
+    return torch.cat(ids), torch.cat(labels)
+
+
+def one_step(run: Run, engine: Engine, model: Any, patched: bool, **more: Any) -> float:
+    """Forward and backward, in as many calls as the run has; this process's part of the loss."""
+    ids, labels = batches(run, engine.share())
+    total, loss, held = counted(run), 0.0, list[Tensor]()
+    for i, (x, y) in enumerate(zip(ids.chunk(run.calls), labels.chunk(run.calls), strict=True)):
+        last = i == run.calls - 1
+        with engine.held(model, last or not run.accumulate):
+            part = one_loss(run, engine, model, patched, x, y, total, **more)
+            # engines take the mean over processes, also of what is divided by the count of all
+            part = part / run.calls if run.total == "none" else part * engine.world
+            loss += part.item() / engine.world
+            held.append(part * SCALE)
+            if run.accumulate:
+                engine.backward(model, held.pop())
+                if not last:
+                    engine.between(model)
+    if held:
+        engine.backward(model, sum(held[1:], held[0]))
+    return loss
+
+
 def train(run: Run, engine: Engine, patched: bool) -> dict[str, Any]:
-    """Losses, the first step's gradients, and what becomes of the parameters."""
+    """Losses, the first step's gradients, what becomes of the parameters, what is communicated."""
     model = prepared(run, engine, patched)
-    others = engine.world
-    share = (batch(run, r) for r in engine.share())
-    ids, labels = (torch.cat(t) for t in zip(*share, strict=True))
-    every = [batch(run, r)[1] for r in range(dist.get_world_size())]
-    total = sum(int((shift(y) != -100).sum()) for y in every)
-    losses: list[float] = []
-    gradients: dict[str, Tensor] = {}
     if run.evaluate:
-        with torch.no_grad():
-            one_loss(run, engine, model, patched, ids, labels, total)
-            if patched:
-                model.eval()
-                fused = one_loss(run, engine, model, patched, ids, labels, total, skip_logits=True)
-                assert fused.isfinite()
-            model.train()
-        widths.clear()
+        evaluate(run, engine, model, patched)
+    losses, gradients, traffic = list[float](), dict[str, Tensor](), Traffic()
     for step in range(run.steps):
-        calls, loss = list(zip(ids.chunk(run.calls), labels.chunk(run.calls), strict=True)), 0.0
-        held: list[Tensor] = []
-        more: dict[str, Any] = dict(skip_logits=False) if run.logits and patched and not step else {}
-        for i, (x, y) in enumerate(calls):
-            last = i == len(calls) - 1
-            with engine.held(model, last or not run.accumulate):
-                part = one_loss(run, engine, model, patched, x, y, total, **more)
-                # what is divided by the count of all is averaged over processes once too often
-                part = part / len(calls) if run.total == "none" else part * others
-                loss += part.item() / others
-                if run.accumulate:
-                    engine.backward(model, part * SCALE)
-                    if not last:
-                        engine.between(model)
-                else:
-                    held.append(part)
-        if held:
-            engine.backward(model, sum(held[1:], held[0]) * SCALE)
-        mean = torch.tensor(loss, device=engine.device)
-        dist.all_reduce(mean)
-        losses.append(mean.item() * others / dist.get_world_size())
+        full = dict(skip_logits=False) if run.logits and patched and not step else {}
+        with traffic if run.traffic else contextlib.nullcontext():
+            loss = torch.tensor(one_step(run, engine, model, patched, **full), device=engine.device)
+        dist.all_reduce(loss)
+        losses.append(loss.item() * engine.world / dist.get_world_size())
         if step == 0:
             gradients = engine.gradients(model)
         if run.steps > 1:
             engine.step(model)
     after = engine.parameters(model) if run.steps > 1 else {}
-    return dict(losses=losses, gradients=gradients, parameters=after)
+    return dict(losses=losses, gradients=gradients, parameters=after, traffic=traffic.ops)
+
+
+def evaluate(run: Run, engine: Engine, model: Any, patched: bool) -> None:
+    """Two calls without gradients, one of them with the loss fused."""
+    ids, labels = batches(run, engine.share())
+    with torch.no_grad():
+        one_loss(run, engine, model, patched, ids, labels, counted(run))
+        model.eval()
+        fused = dict(skip_logits=True) if patched else {}
+        one_loss(run, engine, model, patched, ids, labels, counted(run), **fused)
+    model.train()
+    widths.clear()
 
 
 class Alone(Engine):
@@ -208,23 +232,19 @@ class Alone(Engine):
 
 
 def reference(run: Run, engine: Engine) -> dict[str, Any]:
-    """The unpatched model, in one process and fp32. What is a mean of a process's own labels, or has
-    a loss of its experts, is averaged over the batches of all."""
+    """The unpatched model, in one process and fp32. What is a mean of a process's own labels, or
+    has a loss of its experts, is averaged over the batches of all."""
     alone = Alone(engine.device)
-    run = dataclasses.replace(run, autocast=False, compile=False, logits=False, evaluate=False)
-    additive = run.total != "none" and run.model not in ("mixtral", "qwen3_moe")
-    additive = additive or engine.world == 1
+    run = dataclasses.replace(run, autocast=False, compile=False)
+    additive = engine.world == 1 or (run.total != "none" and run.model != "mixtral")
     model = prepared(run, alone, False)
     groups = 1 if additive else engine.world * run.calls
-    data = [batch(run, r) for r in range(dist.get_world_size())]
-    ids, labels = (torch.cat(t) for t in zip(*data, strict=True))
-    total = sum(int((shift(y) != -100).sum()) for _, y in data)
-    losses: list[float] = []
-    gradients: dict[str, Tensor] = {}
+    ids, labels = batches(run, alone.share())
+    losses, gradients = list[float](), dict[str, Tensor]()
     for step in range(run.steps):
         loss = 0.0
         for x, y in zip(ids.chunk(groups), labels.chunk(groups), strict=True):
-            part = one_loss(run, alone, model, False, x, y, total)
+            part = one_loss(run, alone, model, False, x, y, counted(run))
             part = part / groups if run.total == "none" else part
             (part * SCALE).backward()
             loss += part.item()
@@ -260,56 +280,76 @@ def spread(gradients: dict[str, Tensor], device: torch.device) -> float:
     return far
 
 
-def used(run: Run, engine: Any, got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
-    """In fewer bits than fp32: the largest share of the error allowed, that of the plain model."""
-    widths_of_run = widths.copy()
-    plain = train(dataclasses.replace(run, patched=False), engine(), False)["gradients"]
-    widths.clear()
-    widths.update(widths_of_run)
-    dtype = torch.bfloat16
-    shares = []
-    for n, w in want.items():
-        error, theirs = ((t[n].float() - w).norm() for t in (got, plain))
-        shares.append(((error / allowed(theirs, w.norm(), dtype)).item(), n))
-    return max(shares)
+def used(run: Run, engine: Callable[[], Engine]) -> tuple[float, str]:
+    """In fewer bits than fp32, the largest share of the error allowed by the plain model's own."""
+    squares: dict[str, Tensor] = {}
+    for seed in range(SEEDS):
+        one = dataclasses.replace(run, seed=seed)
+        want = reference(one, engine())["gradients"]
+        theirs, ours = (train(one, engine(), patched)["gradients"] for patched in (False, True))
+        for n, w in want.items():
+            norms = torch.stack([(ours[n] - w).norm(), (theirs[n] - w).norm(), w.norm()])
+            squares[n] = squares.get(n, 0) + norms.double().square()
+    shares = {}
+    for n, both in squares.items():
+        error, theirs_error, norm = both.sqrt().unbind()
+        shares[n] = (error / allowed(theirs_error, norm, torch.bfloat16)).item()
+    where = max(shares, key=shares.__getitem__)
+    return shares[where], where
+
+
+def refusal(run: Run, engine: Engine) -> dict[str, Any]:
+    try:
+        train(run, engine, run.patched)
+    except Exception as e:
+        assert run.refused in str(e), f"another error: {e!r}"
+        return dict(refused=str(e))
+    raise AssertionError("was not refused")
 
 
 def compare(run: Run, device: torch.device) -> dict[str, Any]:
-    dtype = getattr(torch, run.dtype)
-
-    def engine() -> Engine:
-        return ENGINES[run.engine](device, dtype, run.calls if run.accumulate else 1)
-
-    widths.clear()
+    calls = run.calls if run.accumulate else 1
+    engine = partial(ENGINES[run.engine], device, getattr(torch, run.dtype), calls)
     if run.refused:
-        try:
-            train(run, engine(), run.patched)
-        except Exception as e:
-            assert run.refused in str(e), f"another error: {e!r}"
-            return dict(refused=str(e))
-        raise AssertionError("was not refused")
+        return refusal(run, engine())
     want = reference(run, engine())
     got = train(run, engine(), run.patched)
-    result: dict[str, Any] = dict(width=max(widths))
-    result["loss"] = max(abs(g - w) / abs(w) for g, w in zip(got["losses"], want["losses"], strict=True))
-    result["spread"] = spread(got["gradients"], device)
+    losses = zip(got["losses"], want["losses"], strict=True)
+    result: dict[str, Any] = dict(
+        width=max(widths),
+        loss=max(abs(g - w) / abs(w) for g, w in losses),
+        spread=spread(got["gradients"], device),
+    )
+    if run.traffic:
+        plain = train(run, engine(), False)
+        result["traffic"] = dict(plain=plain["traffic"], patched=got["traffic"])
     if run.dtype != "float32" or run.autocast:
-        result["used"], result["where"] = used(run, engine, got["gradients"], want["gradients"])
-        return result
-    result["gradient"], result["where"] = farthest(got["gradients"], want["gradients"])
-    if run.steps > 1:  # what has become of them, of what was to become of them
-        result["parameters"], _ = farthest(got["parameters"], want["parameters"])
+        return result | dict(zip(("used", "where"), used(run, engine), strict=True))
+    far = farthest(got["gradients"], want["gradients"])
+    result |= dict(zip(("gradient", "where"), far, strict=True))
+    if run.steps > 1:
+        among = {n: want["parameters"][n] for n in got["parameters"]}  # some name what they train
+        result["parameters"], _ = farthest(got["parameters"], among)
     return result
+
+
+def start(timeout: timedelta) -> torch.device:
+    """The process group and this process's device; two of a group on one GPU is not for NCCL."""
+    torch.set_num_threads(1)
+    if not CUDA:
+        dist.init_process_group("gloo", timeout=timeout)
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
+    torch.cuda.set_device(device)
+    alone = int(os.environ["WORLD_SIZE"]) <= gpus
+    dist.init_process_group("nccl" if alone else "gloo", timeout=timeout)
+    return device
 
 
 def main(runs: list[dict[str, Any]], results: Path) -> None:
     rank = int(os.environ["RANK"])
-    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if CUDA else "cpu")
-    if CUDA:
-        torch.cuda.set_device(device)
-    torch.set_num_threads(1)
-    backend = "nccl" if CUDA else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=20))
+    device = start(timedelta(seconds=20))
     for fields in runs:
         run, began = Run(**fields), time.perf_counter()
         try:

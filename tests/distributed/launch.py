@@ -39,7 +39,8 @@ def launch(script: Path, *args: str, world: int = 2, timeout: float = 900) -> li
     port = free_port()
     jobs = [
         subprocess.Popen(
-            [sys.executable, *os.environ.get("WW","-W ignore").split(), str(script), *args], env=environment(r, world, port),
+            [sys.executable, "-W", "ignore", str(script), *args],
+            env=environment(r, world, port),
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
         for r in range(world)

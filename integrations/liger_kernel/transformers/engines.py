@@ -63,12 +63,12 @@ def weight_in_backward(head: nn.Module, needed: bool) -> None:
         set_unshard(needed)
 
 
-def zero_width(logits: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    """(..., 0) logits of a head as its own product would be placed, where it is split."""
+def like_input(logits: Tensor, x: Tensor) -> Tensor:
+    """(..., 0) logits as a DTensor where x is one; all processes hold all of them."""
     if not is_dtensor(x):
         return logits
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Replicate
 
-    assert isinstance(x, DTensor) and isinstance(w, DTensor)
-    places = [Replicate() if p.is_replicate() else Shard(logits.dim() - 1) for p in w.placements]
+    assert isinstance(x, DTensor)
+    places = [Replicate()] * x.device_mesh.ndim
     return DTensor.from_local(logits, x.device_mesh, places, run_check=False)

@@ -40,9 +40,9 @@ from liger_kernel.config import LigerConfig
 from liger_kernel.transformers.engines import (
     check_tied,
     is_linear,
+    like_input,
     split_by_engine,
     weight_in_backward,
-    zero_width,
 )
 from liger_kernel.transformers.layers import calls
 from liger_kernel.transformers.lora import added, inner, linear, sites
@@ -176,7 +176,7 @@ def forward(head: nn.Module, config: LigerConfig, x: Tensor, *args: Any, **kwarg
         note.loss = out
     else:
         note.loss, _, note.token_accuracy, note.predicted_tokens = out
-    note.logits = zero_width(note.loss.to(x.dtype).expand(*x.shape[:-1], 0), x, w)
+    note.logits = like_input(note.loss.to(x.dtype).expand(*x.shape[:-1], 0), x)
     if not torch.compiler.is_compiling():
         note.version = note.logits._version
     return note.logits
