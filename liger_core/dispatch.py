@@ -36,6 +36,7 @@ HAS_TRITON = isinstance(triton, type(torch))
 Impl = Literal["auto", "triton", "torch"]
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BF16_SUMS = 4  # roundings of a bf16 sum that are as exact as torch's one, by test
+OWN = (Tensor, torch.nn.Parameter)
 HIP = torch.version.hip is not None
 
 
@@ -99,6 +100,16 @@ def can_repack() -> bool:
 _compiled: dict[tuple[Any, ...], Any] = {}  # kernels by all that Triton specialises them on
 
 
+def arrived(a: Any) -> Any:
+    """A kernel's argument as it can be read: a tensor that a collective is still to fill, which
+    DTensors are made of, waits for it. TypeError for other tensors than torch's own."""
+    if not isinstance(a, Tensor) or type(a) in OWN:
+        return a
+    if hasattr(a, "trigger_wait"):
+        return a.trigger_wait()  # pyright: ignore
+    raise TypeError(f"kernels cannot read a {type(a).__name__}; give them its local, plain tensor")
+
+
 def launch(
     kernel: Any, grid: tuple[int, int, int], num_warps: int, args: tuple[Any, ...], *constants: Any
 ) -> None:
@@ -114,8 +125,11 @@ def launch(
         args: its other arguments. constants: its constexpr ones.
     """
     x = args[0]
-    # The interpreter; Inductor, which launches itself; AMD, where Triton looks at sizes too.
-    if not x.is_cuda or torch.compiler.is_compiling() or HIP:
+    if torch.compiler.is_compiling():  # Inductor launches itself
+        kernel[grid](*args, *constants, num_warps=num_warps)
+        return
+    if not x.is_cuda or HIP:  # the interpreter; Triton looks at sizes too on AMD
+        args = tuple(map(arrived, args))
         kernel[grid](*args, *constants, num_warps=num_warps)
         return
     device = x.get_device()
@@ -130,8 +144,11 @@ def launch(
             kinds.append(a if a < 2 else (a & 15 == 0, a >> 31 == 0))
         elif kind is float:
             kinds.append(kind)
-        elif isinstance(a, Tensor):
+        elif kind in OWN:
             kinds += (a.dtype, a.data_ptr() & 15 == 0)
+        elif isinstance(a, Tensor):
+            launch(kernel, grid, num_warps, tuple(map(arrived, args)), *constants)
+            return
         else:  # a bool, or a number of numpy's
             kinds += (kind, a)
     key = tuple(kinds)

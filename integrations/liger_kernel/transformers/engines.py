@@ -39,16 +39,22 @@ def split_by_engine(forward: Any) -> bool:
 
 
 def check_tied(model: Any, head: nn.Module) -> None:
-    """RuntimeError where FSDP1 shards a tied head apart from the embedding: gradients of one of the
-    two are lost there, with a patch or without. FSDP2 refuses that itself.
+    """RuntimeError where FSDP shards a tied head apart from the embedding: gradients of one of the
+    two are lost there, with a patch or without. torch 2.13 refuses it itself under FSDP2.
     """
-    at = head._modules
-    if "_fsdp_wrapped_module" in at and model.config.get_text_config().tie_word_embeddings:
+    apart = "_fsdp_wrapped_module" in head._modules or _own_unit(head)
+    if apart and model.config.get_text_config().tie_word_embeddings:
         raise RuntimeError(
-            "lm_head is an FSDP unit of its own, but its weight is the embedding's, whose gradient "
-            "FSDP then loses; leave lm_head in the root unit, or untie the two "
+            "lm_head is an FSDP unit of its own, but its weight is shared with the embedding, "
+            "whose gradient FSDP then loses; leave lm_head in the root unit, or untie the two "
             "(config.tie_word_embeddings=False)"
         )
+
+
+def _own_unit(head: Any) -> bool:
+    """Whether FSDP2 gathers this module by itself."""
+    state = head._get_fsdp_state() if hasattr(head, "_get_fsdp_state") else None
+    return getattr(state, "_modules", None) == (head,)
 
 
 def weight_in_backward(head: nn.Module, needed: bool) -> None:
@@ -56,11 +62,8 @@ def weight_in_backward(head: nn.Module, needed: bool) -> None:
 
     The fused head has its gradients by then, and the weight is the largest that there is.
     """
-    set_unshard: Any = getattr(head, "set_unshard_in_backward", None)
-    if set_unshard is None or torch.compiler.is_compiling():
-        return
-    if getattr(head._get_fsdp_state(), "_modules", None) == (head,):  # pyright: ignore
-        set_unshard(needed)
+    if not torch.compiler.is_compiling() and _own_unit(head):
+        head.set_unshard_in_backward(needed)  # pyright: ignore
 
 
 def like_input(logits: Tensor, x: Tensor) -> Tensor:
