@@ -50,7 +50,8 @@ class Engine:
         return model.to(self.device, self.dtype)
 
     def optimize(self, model: Any) -> None:
-        self.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
+        params = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(params, lr=LR, foreach=False)  # some may be DTensors
 
     def held(self, model: Any, last: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -171,7 +172,9 @@ class FSDP2(Engine):
 
 
 def zero_config(stage: int, accumulate: int, dtype: torch.dtype, offload: bool) -> dict[str, Any]:
-    zero: dict[str, Any] = dict(stage=stage, overlap_comm=False)
+    zero: dict[str, Any] = dict(
+        stage=stage, overlap_comm=False, reduce_bucket_size=10**6, allgather_bucket_size=10**6
+    )  # fmt: skip
     if stage == 3:  # the tiny parameters too are to be split
         zero |= dict(stage3_param_persistence_threshold=0, stage3_prefetch_bucket_size=0)
     if offload:

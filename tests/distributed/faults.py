@@ -30,7 +30,7 @@ def out_of_memory(*_: Any, **__: Any) -> Any:
 @contextlib.contextmanager
 def starved(model: Any, where: str, patched: bool) -> Any:
     """Memory runs out in the head's product, or once backward has come to the first layer."""
-    inner = job.hf(model)
+    inner = engines.hf(model)
     if where == "backward":
         hook = inner.model.layers[0].register_full_backward_pre_hook(out_of_memory)
     else:
@@ -69,8 +69,8 @@ def main(fault: str, name: str, patched: bool) -> None:
     step(run, engine, model, patched, everything)
     engine.step(model)
     if fault == "poison":
-        step(run, engine, model, patched, everything, poison=True)
-        print("went on", file=sys.stderr)
+        loss = step(run, engine, model, patched, everything, poison=True)
+        print("went on to", loss.item(), file=sys.stderr)
     else:
         try:
             with starved(model, fault, patched):

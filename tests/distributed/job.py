@@ -6,6 +6,7 @@ Process 0 writes a line of JSON for each run to RESULTS as soon as it is done.
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -357,6 +358,7 @@ def main(runs: list[dict[str, Any]], results: Path) -> None:
         except Exception as e:
             result = dict(error=f"{e!r}\n{traceback.format_exc()[-1500:]}")
         torch.compiler.reset()
+        gc.collect()  # engines hold their buffers in cycles
         result["seconds"] = round(time.perf_counter() - began, 1)
         if rank == 0 or "error" in result:
             with results.open("a") as f:

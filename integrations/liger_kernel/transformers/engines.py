@@ -39,14 +39,14 @@ def split_by_engine(forward: Any) -> bool:
 
 
 def check_tied(model: Any, head: nn.Module) -> None:
-    """RuntimeError where FSDP shards a tied head apart from the embedding: gradients of one of the
-    two are lost there, with a patch or without. torch 2.13 refuses it itself under FSDP2.
+    """RuntimeError where FSDP splits a tied head apart from the embedding: the two then lose each
+    other's gradients, with a patch or without. torch 2.13 refuses it itself under FSDP2.
     """
     apart = "_fsdp_wrapped_module" in head._modules or _own_unit(head)
     if apart and model.config.get_text_config().tie_word_embeddings:
         raise RuntimeError(
-            "lm_head is an FSDP unit of its own, but its weight is shared with the embedding, "
-            "whose gradient FSDP then loses; leave lm_head in the root unit, or untie the two "
+            "lm_head is an FSDP unit of its own, but its weight is shared with the embedding, and "
+            "FSDP then trains them apart; leave lm_head in the root unit, or untie the two "
             "(config.tie_word_embeddings=False)"
         )
 
