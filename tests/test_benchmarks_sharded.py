@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SIZE = {"shape": "tiny", "length": 32, "batch": 1, "steps": 2}
-ENGINES = ["fsdp2", "fsdp2-head", "zero3"]
-ZERO = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed")
 
 
 def run(out: Path, *options: str) -> dict[str, Any]:
@@ -23,19 +20,18 @@ def run(out: Path, *options: str) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(tmp_path_factory.mktemp("sharded") / "out.json", "--engines", *ENGINES)
-
-
 def gathered(traffic: dict[str, list[int]]) -> int:
     return sum(size for op, (_, size) in traffic.items() if "gather" in op)
 
 
-@pytest.mark.parametrize("engine", [*ENGINES[:2], pytest.param("zero3", marks=ZERO)])
+@pytest.mark.parametrize(
+    "engine",
+    ["fsdp2-head", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp2", "zero3"))],
+)
 def test_both_variants_train_alike_and_the_patch_adds_no_traffic(
-    engine: str, report: dict[str, Any]
+    engine: str, tmp_path: Path
 ) -> None:
+    report = run(tmp_path / "out.json", "--engines", engine)
     assert report["commit"] and SIZE.items() <= report["setting"].items()
     plain, patched = report[engine]["plain"], report[engine]["patched"]
     for found in (plain, patched):
@@ -59,6 +55,7 @@ def test_both_variants_train_alike_and_the_patch_adds_no_traffic(
         assert gathered(after) == every + again + untied
 
 
+@pytest.mark.slow
 def test_a_variant_that_fails_says_so_and_the_others_go_on(tmp_path: Path) -> None:
     report = run(tmp_path / "out.json", "--engines", "fsdp2", "--timeout", "0.5")
     for variant in ("plain", "patched"):

@@ -163,7 +163,8 @@ class FSDP2(Engine):
 
     def recovered(self, model: Any) -> Any:
         self.clear(model)  # of what is whole at the moment, before it is not there to be found
-        model.reset_iter_state()  # torch 2.13
+        if hasattr(model, "reset_iter_state"):  # torch 2.13, and needed after a backward
+            model.reset_iter_state()
         return super().recovered(model)
 
     def held(self, model: Any, last: bool) -> contextlib.AbstractContextManager[Any]:

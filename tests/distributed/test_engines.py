@@ -7,7 +7,7 @@ import pytest
 
 from job import Run
 from launch import results
-from runs import FOUR, JOBS, Case
+from runs import FOUR, JOBS, SLOW, Case
 
 
 def problems(found: dict[str, Any], run: Run) -> str:
@@ -43,7 +43,7 @@ def more_traffic(traffic: dict[str, Any]) -> list[str]:
 def check(cases: list[Case], folder: Path, world: int) -> None:
     runs = [Run(**case) for case in cases]
     assert len({run.name for run in runs}) == len(runs)
-    found, said = results(cases, folder, world, timeout=240)
+    found, said = results(cases, folder, world, timeout=400)
     wrong = {run.name: why for run in runs if (why := problems(found, run))}
     assert not wrong, "\n".join([*(f"{n}: {w}" for n, w in wrong.items()), said[-3000:]])
 
@@ -55,3 +55,8 @@ def test_a_step_is_that_of_one_process(job: str, tmp_path: Path) -> None:
 
 def test_a_step_of_two_dimensions_is_that_of_one_process(tmp_path: Path) -> None:
     check(FOUR, tmp_path, 4)
+
+
+@pytest.mark.slow
+def test_what_takes_longer_is_that_of_one_process(tmp_path: Path) -> None:
+    check(SLOW, tmp_path, 2)

@@ -16,7 +16,7 @@ JOB = Path(__file__).with_name("ops_job.py")
 IMPLS = ("auto",) if GPU else ("torch", "triton")
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_shards_give_what_the_whole_gives(world: int) -> None:
     for code, said in launch(JOB, *IMPLS, world=world, timeout=120):
         assert code == 0, said[-3000:]

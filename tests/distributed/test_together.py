@@ -66,7 +66,7 @@ STUCK = "join(init_method=url); together.watch(); dist.all_reduce(torch.ones(3))
 
 
 @pytest.mark.parametrize("bad", [0, 1], ids=["the store's server", "another"])
-@pytest.mark.parametrize("store", ["tcp", "file"])
+@pytest.mark.parametrize("store", ["tcp", pytest.param("file", marks=pytest.mark.slow)])
 def test_who_waits_in_a_collective_ends_with_the_same_sentence(
     store: str, bad: int, tmp_path: Path
 ) -> None:
@@ -113,6 +113,7 @@ dist.destroy_process_group()
     assert second[:3] == (0, "rank 0: ValueError: of 0 True\n", "rank 0: ValueError: of 0\n")
 
 
+@pytest.mark.slow
 def test_an_announcement_that_nobody_hears_goes_on() -> None:
     deaf = """
 join(init_method=url)
@@ -126,6 +127,7 @@ dist.destroy_process_group()
         assert (code, out, err) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_who_waits_for_a_key_of_the_store_hears_of_it() -> None:
     """As the first collective of NCCL does: it holds the connection that the group has."""
     body = """
@@ -149,7 +151,7 @@ os._exit(0)
     assert f"rank 1: ValueError: {SENTENCE}" in err and out == "True\n"
 
 
-@pytest.mark.parametrize("last", [0, 1])
+@pytest.mark.parametrize("last", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_healthy_processes_do_not_notice(last: int) -> None:
     """Whichever ends seconds before the other: with rank 0 the store goes."""
     healthy = f"""
@@ -166,6 +168,7 @@ if rank == {last}:
         assert (code, out, err) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_the_end_does_not_wait_for_the_thread() -> None:
     ends = "together.INTERVAL = 30; " + "join(init_method=url); together.watch(); dist.barrier()"
     for code, _, err, seconds in run(ends, ends):
@@ -190,6 +193,7 @@ dist.destroy_process_group()
         assert (code, out, err) == (0, "0\nTrue\n", "")
 
 
+@pytest.mark.slow
 def test_a_store_that_is_gone_ends_the_watching() -> None:
     stays = (
         "join(init_method=url); steps(1); dist.barrier(); time.sleep(4); steps(1); print('here')"
@@ -198,6 +202,7 @@ def test_a_store_that_is_gone_ends_the_watching() -> None:
     assert (code, out) == (0, "here\n") and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_second_error_is_heard_and_the_first_one_not_again() -> None:
     body = """
 join(init_method=url)
@@ -222,6 +227,7 @@ os._exit(sys.stdout.flush() or 0)
     assert (code, other, out, err) == (0, 0, 2 * f"healthy\n{said}", 2 * said)
 
 
+@pytest.mark.slow
 def test_a_new_group_is_watched_and_the_old_ones_port_is_free() -> None:
     body = """
 host, port = url.removeprefix("tcp://").split(":")
