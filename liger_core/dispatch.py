@@ -102,12 +102,15 @@ _compiled: dict[tuple[Any, ...], Any] = {}  # kernels by all that Triton special
 
 def arrived(a: Any) -> Any:
     """A kernel's argument as it can be read: a tensor that a collective is still to fill, which
-    DTensors are made of, waits for it. TypeError for other tensors than torch's own."""
+    DTensors are made of, waits for it. TypeError for one that holds others in place of memory."""
     if not isinstance(a, Tensor) or type(a) in OWN:
         return a
     if hasattr(a, "trigger_wait"):
         return a.trigger_wait()  # pyright: ignore
-    raise TypeError(f"kernels cannot read a {type(a).__name__}; give them its local, plain tensor")
+    if hasattr(a, "__tensor_flatten__"):
+        kind = type(a).__name__
+        raise TypeError(f"kernels cannot read a {kind}; give them its local, plain tensor")
+    return a
 
 
 def launch(
@@ -144,11 +147,11 @@ def launch(
             kinds.append(a if a < 2 else (a & 15 == 0, a >> 31 == 0))
         elif kind is float:
             kinds.append(kind)
-        elif kind in OWN:
-            kinds += (a.dtype, a.data_ptr() & 15 == 0)
         elif isinstance(a, Tensor):
-            launch(kernel, grid, num_warps, tuple(map(arrived, args)), *constants)
-            return
+            if kind not in OWN and arrived(a) is not a:
+                launch(kernel, grid, num_warps, tuple(map(arrived, args)), *constants)
+                return
+            kinds += (a.dtype, a.data_ptr() & 15 == 0)
         else:  # a bool, or a number of numpy's
             kinds += (kind, a)
     key = tuple(kinds)

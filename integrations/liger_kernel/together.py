@@ -15,6 +15,7 @@ import ctypes
 import sys
 import threading
 import time
+import uuid
 import weakref
 from contextlib import suppress
 from typing import Any
@@ -25,9 +26,13 @@ __all__ = ["INTERVAL", "OtherRankError", "announce", "watch"]
 
 INTERVAL = 5.0  # seconds between two looks of the thread at whether steps still follow each other
 PATIENCE = 6  # intervals that an announcement waits for the others
+KEY = "liger_kernel/error"  # in the store: an error's own name and its sentence, "" for none
+NAME = 32  # letters of the name
 
 _steps = 0  # calls of watch()
-_errors = 0  # announced or learnt of: the next one has a key of its own, as a store may live on
+_caller = 0  # the thread that made the last one
+_told = ""  # what this process has announced
+_heard = ""  # what it has heard of last
 _thread: threading.Thread | None = None
 _end = threading.Event()
 
@@ -47,41 +52,53 @@ def announce(error: BaseException) -> None:
     Returns once all of them know or have announced one themselves: after one or two intervals as a
     rule, after PATIENCE of them at the latest. For when this process ends, gloo breaks off the
     others' collectives, a launcher kills them and the store may go, and none of these says why.
-    Does nothing in a process on its own, and raises nothing itself.
+    Where not all of them wait, or this process takes another step, the error was none that stops:
+    it is withdrawn. Does nothing in a process on its own, and raises nothing itself.
     """
-    global _errors
+    global _told
     with suppress(Exception):
         if not _in_group():
             return
-        key, _errors = _key(), _errors + 1
         store, world = dist.distributed_c10d._get_default_store(), dist.get_world_size()
-        said = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
-        first = store.compare_set(key, "", said).decode()
-        store.add(f"{key}/known", 1)
-        if first != said:
-            print(first, file=sys.stderr, flush=True)
+        said = f"{type(error).__name__}: {error}"
+        _told = f"{uuid.uuid4().hex}rank {dist.get_rank()}: {said}"
+        first = store.compare_set(KEY, "", _told).decode()
+        known = f"{KEY}/{first[:NAME]}"
+        store.add(known, 1)
+        if not first.endswith(said):
+            print(first[NAME:], file=sys.stderr, flush=True)
         deadline = time.monotonic() + PATIENCE * INTERVAL
-        while store.add(f"{key}/known", 0) < world and time.monotonic() < deadline:
+        while store.add(known, 0) < world:
+            if time.monotonic() > deadline:
+                return _withdraw()
             time.sleep(0.1)
+
+
+def _withdraw() -> None:
+    global _told
+    with suppress(Exception):
+        dist.distributed_c10d._get_default_store().compare_set(KEY, _told, "")
+    _told = ""
 
 
 def watch() -> None:
     """Say that this process takes a training step; the first call in a group starts its thread.
 
     That looks every INTERVAL whether there were more calls. If not, it asks the store for another
-    process's error, prints it, has OtherRankError raised in the thread that called this first, and
+    process's error, prints it, has OtherRankError raised in the thread that called this last, and
     aborts the process groups, which makes NCCL's kernels return. A gloo collective returns when
     another process ends, with an error of its own.
     """
-    global _steps, _thread
-    _steps += 1
+    global _steps, _caller, _thread
+    _steps, _caller = _steps + 1, threading.get_ident()
+    if _told:
+        _withdraw()
     if (_thread is None or not _thread.is_alive()) and _in_group():
-        caller = threading.get_ident()
-        _thread = threading.Thread(target=_look, args=(caller,), name="liger-together", daemon=True)
+        _thread = threading.Thread(target=_look, name="liger-together", daemon=True)
         _thread.start()
 
 
-def _look(caller: int) -> None:
+def _look() -> None:
     group = store = None
     steps = -1
     while not _end.wait(INTERVAL) and dist.is_initialized():
@@ -93,34 +110,31 @@ def _look(caller: int) -> None:
                 # whoever waits for a key holds the shared connection
                 store = shared.clone() if hasattr(shared, "clone") else shared
                 del shared
-            key = _key()
-            if idle and store is not None and store.check([key]) and key == _key():
-                return _stop(caller, key, store)
+            if idle and store is not None and store.check([KEY]):
+                said = store.get(KEY).decode()
+                if said not in ("", _heard, _told) and not _told:
+                    return _stop(said, store)
         except Exception:  # the store is gone, or is of a kind that cannot do this
             store = None
 
 
-def _stop(caller: int, key: str, store: Any) -> None:
-    global _errors
-    _errors += 1
-    OtherRankError.said = store.get(key).decode()
+def _stop(said: str, store: Any) -> None:
+    global _heard
+    _heard, OtherRankError.said = said, said[NAME:]
     with suppress(Exception):  # stderr may be closed
         print(OtherRankError.said, file=sys.stderr, flush=True)
     # The error comes first: an aborted collective returns anything, and no step may be taken with
     # it. Each group has a thread to abort in, because one can wait for another's kernels.
     raised = ctypes.py_object(OtherRankError)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(caller), raised)
+    if not ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(_caller), raised):
+        return  # the thread that trained is gone, and nobody waits
     groups = list(dist.distributed_c10d._world.pg_names)
     aborts = [threading.Thread(target=group.abort, daemon=True) for group in groups]
     for thread in aborts:
         thread.start()
-    store.add(f"{key}/known", 1)
+    store.add(f"{KEY}/{said[:NAME]}", 1)
     for thread in aborts:
         thread.join(INTERVAL)
-
-
-def _key() -> str:
-    return f"liger_kernel/error/{_errors}"
 
 
 def _in_group() -> bool:

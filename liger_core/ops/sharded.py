@@ -20,10 +20,11 @@ def is_dtensor(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is None or type(t) is Tensor or type(t) is nn.Parameter:
             continue
-        from torch.distributed.tensor import DTensor
+        if torch.distributed.is_available():
+            from torch.distributed.tensor import DTensor
 
-        if isinstance(t, DTensor):
-            return True
+            if isinstance(t, DTensor):
+                return True
     return False
 
 

@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import families
-from engines import ENGINES, Engine
+from engines import ENGINES, Engine, hf
 from liger_kernel.check import allowed
 from liger_kernel.measure import Traffic
-from liger_kernel.transformers.patch import apply
+from liger_kernel.transformers.patch import apply, patch_of
 
 LENGTH, V = 16, 98  # transformers' tensor parallelism wants an even number of classes
 SCALE = 3.0  # of the loss, as a loss scaler would have it
@@ -53,6 +53,7 @@ class Run:
     autocast: bool = False
     evaluate: bool = False  # two calls without a gradient first, one of them with the loss fused
     logits: bool = False  # the first step with full logits, whose backward needs the weight
+    revert: bool = False  # a step more without the patch, whose gradients count
     ignored: bool = False  # all labels of process 1
     steps: int = 1
     seed: int = 0  # of the batches
@@ -208,18 +209,29 @@ def train(run: Run, engine: Engine, patched: bool) -> dict[str, Any]:
             gradients = engine.gradients(model)
         if run.steps > 1:
             engine.step(model)
+    if run.revert and patched:
+        seen = widths.copy()
+        model_patch: Any = patch_of(hf(model))
+        model_patch.revert()
+        engine.clear(model)
+        one_step(run, engine, model, False)
+        gradients = engine.gradients(model)
+        assert widths - seen == {V}
+        widths.discard(V)
     after = engine.parameters(model) if run.steps > 1 else {}
     return dict(losses=losses, gradients=gradients, parameters=after, traffic=traffic.ops)
 
 
 def evaluate(run: Run, engine: Engine, model: Any, patched: bool) -> None:
-    """Two calls without gradients, one of them with the loss fused."""
+    """Calls without gradients, in training and not, with the loss fused and not: all give it."""
     ids, labels = batches(run, engine.share())
     with torch.no_grad():
-        one_loss(run, engine, model, patched, ids, labels, counted(run))
+        a = one_loss(run, engine, model, patched, ids, labels, counted(run))
         model.eval()
+        b = one_loss(run, engine, model, patched, ids, labels, counted(run))
         fused = dict(skip_logits=True) if patched else {}
-        one_loss(run, engine, model, patched, ids, labels, counted(run), **fused)
+        c = one_loss(run, engine, model, patched, ids, labels, counted(run), **fused)
+    torch.testing.assert_close(torch.stack([b, c]), a.expand(2))
     model.train()
     widths.clear()
 

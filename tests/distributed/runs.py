@@ -26,6 +26,8 @@ FULL: list[Case] = [
     dict(shifted=True),
     dict(evaluate=True),
     dict(logits=True),
+    dict(logits=True, steps=3),
+    dict(revert=True),
     dict(autocast=True),
     dict(total="bf16", refused="rounds counts"),
 ]
@@ -57,7 +59,7 @@ SPLIT: list[Case] = [
     dict(order="engine-patch"),
 ]
 
-NO_PLAIN = [case for case in SPLIT if not case.keys() & {"logits", "traffic", "autocast"}]
+NO_PLAIN = [case for case in SPLIT if not case.keys() & {"revert", "traffic", "autocast"}]
 """Where the plain model cannot compute a loss of logits that stay split."""
 
 

@@ -34,6 +34,9 @@ def more_traffic(traffic: dict[str, Any]) -> list[str]:
     if not traffic:
         return []
     plain, patched = traffic["plain"], traffic["patched"]
+    if patched.keys() <= plain.keys():
+        more = [op for op, counts in patched.items() if counts > plain[op]]
+        return [f"{op}: {plain[op]} -> {patched[op]}" for op in more]
     totals = [[sum(each[i] for each in ops.values()) for i in (0, 1)] for ops in (plain, patched)]
     more = [f"{name} of collectives: {a} -> {b}"
             for name, a, b in zip(("calls", "bytes"), *totals, strict=True) if b > a]  # fmt: skip

@@ -78,9 +78,11 @@ def test_who_waits_in_a_collective_ends_with_the_same_sentence(
     assert f"OtherRankError: rank {bad}: ValueError: {SENTENCE}" in outcomes[1 - bad][2]
 
 
-def test_who_runs_python_gets_an_error_that_can_be_caught() -> None:
-    waits = """
+@pytest.mark.parametrize("first", ["", "t = threading.Thread(target=together.watch); t.start()"])
+def test_who_runs_python_gets_an_error_that_can_be_caught(first: str) -> None:
+    waits = f"""
 join(init_method=url)
+{first}
 together.watch()
 try:
     for _ in range(300):
@@ -99,12 +101,12 @@ except together.OtherRankError as e:
 def test_the_first_announcement_stays() -> None:
     announces = """
 join(init_method=url)
-key = together._key()
 time.sleep(rank)
 began = time.monotonic()
 together.announce(ValueError(f"of {rank}"))
 waited = time.monotonic() - began
-print(dist.distributed_c10d._get_default_store().get(key).decode(), waited < rank + 1.5)
+store = dist.distributed_c10d._get_default_store()
+print(store.get(together.KEY).decode()[together.NAME:], waited < rank + 1.5)
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -114,13 +116,16 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_an_announcement_that_nobody_hears_goes_on() -> None:
+def test_an_error_that_nobody_waits_for_is_withdrawn() -> None:
     deaf = """
 join(init_method=url)
 if rank == 1:
     together.PATIENCE = 2
     together.announce(error)
+else:
+    steps(3)
 dist.barrier()
+time.sleep(2)  # an evaluation, say
 dist.destroy_process_group()
 """
     for code, out, err, _ in run(deaf, deaf):
@@ -259,7 +264,7 @@ for world in (0, 1):
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     steps(0.2)
     together.announce(error)
-    assert together._thread is None and together._errors == 0
+    assert together._thread is None and not together._told
     assert not [t for t in threading.enumerate() if t.name == "liger-together"]
 dist.destroy_process_group()
 """

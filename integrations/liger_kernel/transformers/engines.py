@@ -1,6 +1,7 @@
 """What engines of parallel training make of modules, and what a fused head has to know of it."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from liger_core.ops.sharded import is_dtensor
 
-WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod")
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
@@ -27,7 +28,7 @@ def is_linear(module: nn.Module | None) -> bool:
 def seen(*hooks: Mapping[int, Any]) -> bool:
     """Whether somebody is among these hooks; DeepSpeed's, which gather weights, are nobody's."""
     return any(
-        not getattr(hook, "__module__", "").startswith("deepspeed.")
+        not (getattr(hook, "__module__", None) or "").startswith("deepspeed.")
         for each in hooks
         for hook in each.values()
     )
@@ -57,13 +58,20 @@ def _own_unit(head: Any) -> bool:
     return getattr(state, "_modules", None) == (head,)
 
 
-def weight_in_backward(head: nn.Module, needed: bool) -> None:
-    """Tell FSDP2 whether to gather the weight of a head that is a unit by itself for its backward.
+def skip_gather(head: Any, loss: Tensor) -> None:
+    """Have FSDP2 not gather the weight of a head that is a unit by itself for this loss's backward.
 
     The fused head has its gradients by then, and the weight is the largest that there is.
     """
+    if not torch.compiler.is_compiling() and loss.requires_grad and _own_unit(head):
+        head.set_unshard_in_backward(False)
+        loss.register_hook(partial(gather, head))  # once FSDP's own hook, on the logits, has run
+
+
+def gather(head: Any, _: object = None) -> None:
+    """Have FSDP2 gather the weight again in backwards to come."""
     if not torch.compiler.is_compiling() and _own_unit(head):
-        head.set_unshard_in_backward(needed)  # pyright: ignore
+        head.set_unshard_in_backward(True)
 
 
 def like_input(logits: Tensor, x: Tensor) -> Tensor:

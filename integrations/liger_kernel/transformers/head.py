@@ -39,10 +39,11 @@ from liger_kernel import together
 from liger_kernel.config import LigerConfig
 from liger_kernel.transformers.engines import (
     check_tied,
+    gather,
     is_linear,
     like_input,
+    skip_gather,
     split_by_engine,
-    weight_in_backward,
 )
 from liger_kernel.transformers.layers import calls
 from liger_kernel.transformers.lora import added, inner, linear, sites
@@ -161,21 +162,22 @@ def forward(head: nn.Module, config: LigerConfig, x: Tensor, *args: Any, **kwarg
     if note is None or note.y is None or options is None or w is None or not whole:
         if note is not None and torch.is_grad_enabled():
             note.unfused = True
-            weight_in_backward(head, True)
+            gather(head)
         return type(head).forward(head, x, *args, **kwargs)
     note.fuse = False
-    if is_linear(head) and not note.unfused:
-        weight_in_backward(head, False)
     try:
         out = _loss(note, config, x, w, note.y, options)
     except ValueError as error:  # of this process's labels: the others are not to wait for it
         note.clear()
-        together.announce(error)
+        if torch.is_grad_enabled():
+            together.announce(error)
         raise
     if isinstance(out, Tensor):
         note.loss = out
     else:
         note.loss, _, note.token_accuracy, note.predicted_tokens = out
+    if is_linear(head) and not note.unfused:
+        skip_gather(head, note.loss)
     note.logits = like_input(note.loss.to(x.dtype).expand(*x.shape[:-1], 0), x)
     if not torch.compiler.is_compiling():
         note.version = note.logits._version
@@ -230,6 +232,7 @@ def loss_function(
         note.loss = note.logits = None
         logits = logits.to_local() if is_dtensor(logits) else logits  # pyright: ignore
         return loss + logits.sum(dtype=loss.dtype)
+    logits = logits.full_tensor() if is_dtensor(logits) else logits  # pyright: ignore
     if not config.cross_entropy:
         return original(
             logits, labels, vocab_size, num_items_in_batch=num_items_in_batch,
@@ -238,7 +241,6 @@ def loss_function(
     if shift_labels is None and labels is not None:
         shift_labels = _shift(labels, ignore_index)
     assert shift_labels is not None
-    logits = logits.full_tensor() if is_dtensor(logits) else logits  # pyright: ignore
     y = shift_labels.to(logits.device)
     return cross_entropy(
         logits, y, reduction="mean" if num_items_in_batch is None else "sum",
@@ -296,7 +298,9 @@ def add_stats(model: nn.Module, args: Any, output: Any) -> None:
     note = found[1]
     if note.wanted and hasattr(output, "logits"):
         if note.predicted_tokens is None and note.y is not None:  # of logits that were made
-            best, scored = output.logits.argmax(-1), note.y != note.ignore_index
+            logits = output.logits
+            logits = logits.full_tensor() if is_dtensor(logits) else logits
+            best, scored = logits.argmax(-1), note.y != note.ignore_index
             note.predicted_tokens = best.masked_fill(~scored, -1)
             hits = ((best == note.y) & scored).sum()
             note.token_accuracy = hits / scored.sum().clamp_min(1)
@@ -320,6 +324,7 @@ def _fuse_sites(patch: "Patch", head: nn.Module) -> str | None:
             new = partial(forward, site, patch.config)
             patch.replace(paths[site], site, new, "fused linear cross entropy")
             patch.set(site, "_liger_ticket", Ticket(checked=known))
+            patch.undo(partial(gather, site))
     return None
 
 

@@ -24,6 +24,8 @@ def sites(head: nn.Module) -> list[nn.Module]:
     at: Any = head._modules
     if "modules_to_save" in at:
         return [*sites(at["original_module"]), *sites(at["modules_to_save"])]
+    if "_checkpoint_wrapped_module" in at:  # would run the head again, with nothing in the note
+        return []
     if isinstance(head, nn.ModuleDict):
         return [site for module in head.values() for site in sites(module)]
     if (name := next((n for n in WRAPPERS if n in at), None)) is not None:
