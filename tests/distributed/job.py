@@ -26,7 +26,7 @@ import families
 from engines import ENGINES, Engine, hf
 from liger_kernel.check import allowed
 from liger_kernel.measure import Traffic
-from liger_kernel.transformers.patch import apply, patch_of
+from liger_kernel.transformers import patch
 
 LENGTH, V = 16, 98  # transformers' tensor parallelism wants an even number of classes
 SCALE = 3.0  # of the loss, as a loss scaler would have it
@@ -53,6 +53,7 @@ class Run:
     autocast: bool = False
     evaluate: bool = False  # two calls without a gradient first, one of them with the loss fused
     logits: bool = False  # the first step with full logits, whose backward needs the weight
+    again: bool = False  # backward twice, of which the second counts
     revert: bool = False  # a step more without the patch, whose gradients count
     ignored: bool = False  # all labels of process 1
     steps: int = 1
@@ -116,6 +117,7 @@ def with_peft(run: Run, model: nn.Module) -> nn.Module:
 def prepared(run: Run, engine: Engine, patched: bool) -> Any:
     """Model, PEFT, patch and engine, in the order asked for."""
     first = run.order.split("-")[0]
+    apply = partial(patch.apply, config=dict(mlp_inplace=not run.again))
     model = build(run)
     if patched and run.order == "patch-peft-engine":
         apply(model)
@@ -188,6 +190,9 @@ def one_step(run: Run, engine: Engine, model: Any, patched: bool, **more: Any) -
                 engine.backward(model, held.pop())
                 if not last:
                     engine.between(model)
+    if run.again:
+        held[0].backward(retain_graph=True)
+        engine.clear(model)
     if held:
         engine.backward(model, sum(held[1:], held[0]))
     return loss
@@ -211,7 +216,7 @@ def train(run: Run, engine: Engine, patched: bool) -> dict[str, Any]:
             engine.step(model)
     if run.revert and patched:
         seen = widths.copy()
-        model_patch: Any = patch_of(hf(model))
+        model_patch: Any = patch.patch_of(hf(model))
         model_patch.revert()
         engine.clear(model)
         one_step(run, engine, model, False)

@@ -80,7 +80,7 @@ JOBS: dict[str, list[Case]] = {
     ],
     "fsdp2": [
         *of("fsdp2", FULL, TIED, PEFT, BF16),
-        *of("fsdp2-head", FULL, PEFT, BF16, [APART]),
+        *of("fsdp2-head", FULL, PEFT, BF16, [APART, dict(again=True)]),
     ],
     "zero": [
         *of("zero1", BASIC, TIED[:1]),
