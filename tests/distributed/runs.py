@@ -88,7 +88,9 @@ JOBS: dict[str, list[Case]] = {
         *of("zero2-offload", BASIC),
     ],
     "zero3": [  # which adds gradients up until a step, so that no second one can be looked at
-        *of("zero3", [case for case in FULL if "revert" not in case], TIED[:2], PEFT[3:8], BF16[:1]),
+        *of(
+            "zero3", [case for case in FULL if "revert" not in case], TIED[:2], PEFT[3:8], BF16[:1]
+        ),
         *of("zero3-init", BASIC[:2], TIED[:2], PEFT[:1]),
         *of("zero3-offload", BASIC[1:], PEFT[4:5]),
     ],
