@@ -51,3 +51,15 @@ def test_what_cannot_be_is_refused(mesh: object) -> None:
     with pytest.raises(ValueError, match="leave shard and low_rank out"):
         low_rank = torch.ones(1, 2, 1), torch.ones(5, 1)
         linear_cross_entropy(x, at(w, Shard(0)), Y, low_rank=low_rank)
+
+
+class Named(torch.Tensor):
+    """A subclass with memory of its own."""
+
+
+def test_a_subclass_that_holds_its_own_memory_passes() -> None:
+    x, w = torch.randn(2, 4), torch.ones(4)
+    torch.testing.assert_close(
+        rms_norm(x.as_subclass(Named), w, impl=IMPLS[-1]).as_subclass(torch.Tensor),
+        rms_norm(x, w, impl=IMPLS[-1]),
+    )

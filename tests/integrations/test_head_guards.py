@@ -248,3 +248,13 @@ def test_a_head_whose_forward_is_wrapped_is_left() -> None:
     want = step(model)
     assert "is around its forward" in apply(model).left["fused_head"]
     assert_same(step(model), want, V)
+
+
+def test_a_head_that_is_checkpointed_is_left() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    want, model = step(build()), build()
+    model.lm_head = checkpoint_wrapper(model.lm_head)
+    assert "more than a matrix product" in apply(model).left["fused_head"]
+    loss = step(model)[0].loss
+    torch.testing.assert_close(loss, want[0].loss)
