@@ -112,7 +112,7 @@ def _look() -> None:
                 del shared
             if idle and store is not None and store.check([KEY]):
                 said = store.get(KEY).decode()
-                if said not in ("", _heard, _told) and not _told:
+                if not _told and said not in ("", _heard):
                     return _stop(said, store)
         except Exception:  # the store is gone, or is of a kind that cannot do this
             store = None

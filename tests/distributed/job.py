@@ -80,9 +80,8 @@ SEEDS = 4  # batches over which errors in fewer bits are averaged
 
 def batch(run: Run, rank: int) -> tuple[Tensor, Tensor]:
     """(2, 16) ids and labels of a process, of which it scores other numbers than the others do."""
-    ids = (torch.arange(2 * LENGTH).view(2, LENGTH) * (7 + rank) + 5 * rank + 11 * run.seed) % (
-        V - 3
-    ) + 3
+    ids = torch.arange(2 * LENGTH).view(2, LENGTH) * (7 + rank) + 5 * rank + 11 * run.seed
+    ids = ids % (V - 3) + 3
     first = torch.tensor([[5 - rank % 3], [8 - 4 * (rank % 2)]])
     labels = ids.where(torch.arange(LENGTH) >= first, -100)
     return ids, torch.full_like(labels, -100) if run.ignored and rank == 1 else labels
@@ -275,12 +274,17 @@ def reference(run: Run, engine: Engine) -> dict[str, Any]:
     return dict(losses=losses, gradients=gradients, parameters=alone.parameters(model))
 
 
-def farthest(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest max|difference| / max|wanted| of all, and whose it is."""
-    if "lm_head.weight" in got and "lm_head.weight" not in want:  # tensor parallelism unties
-        got["model.embed_tokens.weight"] = got["model.embed_tokens.weight"] + got["lm_head.weight"]
-    if missing := want.keys() - got.keys():
-        raise AssertionError(f"no gradient for {sorted(missing)[:3]}")
+def farthest(
+    got: dict[str, Tensor], want: dict[str, Tensor], untied: bool = False
+) -> tuple[float, str]:
+    """The largest max|difference| / max|wanted| of all, and whose it is.
+
+    untied: where the engine makes two parameters of a tied one, whose gradients then add up.
+    """
+    if untied and "lm_head.weight" in got.keys() - want.keys():
+        head = got.pop("lm_head.weight")
+        got["model.embed_tokens.weight"] = got["model.embed_tokens.weight"] + head
+    assert got.keys() == want.keys(), f"not in both: {sorted(got.keys() ^ want.keys())[:3]}"
     return max(
         ((got[n].cpu() - w.cpu()).abs().max().item() / max(w.abs().max().item(), 1e-12), n)
         for n, w in want.items()
@@ -343,7 +347,7 @@ def compare(run: Run, device: torch.device) -> dict[str, Any]:
         result["traffic"] = dict(plain=plain["traffic"], patched=got["traffic"])
     if run.dtype != "float32" or run.autocast:
         return result | dict(zip(("used", "where"), used(run, engine), strict=True))
-    far = farthest(got["gradients"], want["gradients"])
+    far = farthest(got["gradients"], want["gradients"], "tp-" in run.engine)
     result |= dict(zip(("gradient", "where"), far, strict=True))
     if run.steps > 1:
         among = {n: want["parameters"][n] for n in got["parameters"]}  # some name what they train
@@ -352,16 +356,13 @@ def compare(run: Run, device: torch.device) -> dict[str, Any]:
 
 
 def start(timeout: timedelta) -> torch.device:
-    """The process group and this process's device; two of a group on one GPU is not for NCCL."""
+    """The process group, and this process's device: a GPU of its own, where there are any."""
     torch.set_num_threads(1)
+    dist.init_process_group("nccl" if CUDA else "gloo", timeout=timeout)
     if not CUDA:
-        dist.init_process_group("gloo", timeout=timeout)
         return torch.device("cpu")
-    gpus = torch.cuda.device_count()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
-    alone = int(os.environ["WORLD_SIZE"]) <= gpus
-    dist.init_process_group("nccl" if alone else "gloo", timeout=timeout)
     return device
 
 

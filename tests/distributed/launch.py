@@ -15,6 +15,11 @@ ROOT = JOB.parents[2]
 FOLDERS = (".", "integrations", "tests", "tests/integrations", "tests/distributed")
 
 
+def too_few(world: int) -> bool:
+    """Whether there are GPUs, but not one for each process."""
+    return 0 < torch.cuda.device_count() < world
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import launch
+from launch import launch, too_few
 
 JOB = Path(__file__).with_name("faults.py")
+pytestmark = pytest.mark.skipif(too_few(2), reason="needs 2 GPUs")
 FORWARD = ["ddp", "fsdp1", "fsdp2", "fsdp2-head", "zero2", "zero3", "tp-hf"]
 BACKWARD = ["ddp", "fsdp2-head", "tp-hf"]  # from a backward that broke off no other recovers
 

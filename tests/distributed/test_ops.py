@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from launch import launch
+from launch import launch, too_few
 from liger_core import linear_cross_entropy, rms_norm
+from liger_core.dispatch import arrived
 from numerics import GPU
 
 JOB = Path(__file__).with_name("ops_job.py")
@@ -18,6 +19,8 @@ IMPLS = ("auto",) if GPU else ("torch", "triton")
 
 @pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_shards_give_what_the_whole_gives(world: int) -> None:
+    if too_few(world):
+        pytest.skip(f"needs {world} GPUs")
     for code, said in launch(JOB, *IMPLS, world=world, timeout=120):
         assert code == 0, said[-3000:]
 
@@ -40,6 +43,8 @@ def test_what_cannot_be_is_refused(mesh: object) -> None:
     x, w, b = torch.ones(1, 2, 4), torch.ones(5, 4), torch.ones(5)
     with pytest.raises(ValueError, match="must all be DTensors or none, got Tensor, DTensor"):
         rms_norm(x, at(torch.ones(4), Replicate()))
+    with pytest.raises(TypeError, match="kernels cannot read a DTensor"):
+        arrived(at(x, Replicate()))
     with pytest.raises(ValueError, match="x is a DTensor and w is not"):
         linear_cross_entropy(at(x, Replicate()), w, Y)
     with pytest.raises(ValueError, match="must be split by its classes"):
