@@ -14,6 +14,7 @@ UPSTREAM = {  # names that frameworks and users of Liger-Kernel write
     "geglu": "mlp",
     "fused_linear_cross_entropy": "fused_head",
 }
+NUMBERS = {"memory_budget": (int, "a number of bytes"), "label_smoothing": (float, "a number")}
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 AccumDtype = Literal["float32", "bfloat16"]
 
@@ -31,6 +32,8 @@ class LigerConfig:
             False to go backward twice through one forward (`retain_graph=True`).
         fused_head: lm_head computes the loss itself while training with labels; no logits.
         cross_entropy: the loss of logits that do exist (evaluation, or without `fused_head`).
+        label_smoothing: of the model's loss, in [0, 1), in evaluation too. In place of Trainer's
+            `label_smoothing_factor`, which takes the labels away and needs full logits.
         memory_budget: bytes of logits that the fused head holds at once; None for a quarter of
             them, within 32 MiB and 1 GiB.
         accum_dtype: in which the head's weight gradient is summed over chunks, "float32" or
@@ -47,6 +50,7 @@ class LigerConfig:
     mlp_inplace: bool = True
     fused_head: bool = True
     cross_entropy: bool = False
+    label_smoothing: float = 0.0
     memory_budget: int | None = None
     accum_dtype: AccumDtype | None = None
     impl: Impl = "auto"
@@ -57,6 +61,11 @@ class LigerConfig:
         for name in FLAGS:
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {value!r}")
+        smoothing = self.label_smoothing
+        if isinstance(smoothing, bool) or not (
+            isinstance(smoothing, int | float) and 0 <= smoothing < 1
+        ):
+            raise ValueError(f"label_smoothing must be in [0, 1), got {smoothing!r}")
         budget = self.memory_budget
         if budget is not None and (type(budget) is not int or budget <= 0):
             raise ValueError(f"memory_budget must be a positive number of bytes, got {budget!r}")
@@ -83,12 +92,12 @@ class LigerConfig:
             except json.JSONDecodeError as error:
                 raise ValueError(f"liger_config is not valid JSON ({error}): {value!r}") from None
         if isinstance(value, cls):
-            given = asdict(value)
+            given = {name: getattr(value, name) for name in NAMES}  # of a subclass too
         elif value is None or isinstance(value, Mapping):
             given = _named(value or {})
         else:
             raise ValueError(f"liger_config must be a mapping, JSON or None, got {value!r}")
-        return cls(**given | _environment())
+        return LigerConfig(**given | from_environment())
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for JSON and YAML."""
@@ -111,7 +120,8 @@ def _named(value: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _environment() -> dict[str, Any]:
+def from_environment() -> dict[str, Any]:
+    """The fields that LIGER_* variables set."""
     return {
         name: _parse(name, text)
         for name in NAMES
@@ -122,17 +132,21 @@ def _environment() -> dict[str, Any]:
 def _parse(name: str, text: str) -> Any:
     if name in ("impl", "accum_dtype"):
         return text
-    if name == "memory_budget":
+    if (number := NUMBERS.get(name)) is not None:
+        kind, unit = number
         try:
-            return int(text)
+            return kind(text)
         except ValueError:
-            raise ValueError(
-                f"LIGER_MEMORY_BUDGET must be a number of bytes, got {text!r}"
-            ) from None
-    return _flag(f"LIGER_{name.upper()}", text)
+            raise ValueError(f"LIGER_{name.upper()} must be {unit}, got {text!r}") from None
+    return flag(f"LIGER_{name.upper()}", text)
 
 
-def _flag(variable: str, text: str) -> bool:
+def flag(variable: str, text: str) -> bool:
+    """What an environment variable says, true or false.
+
+    Raises:
+        ValueError: it says something else.
+    """
     if text.lower() in (*TRUE, *FALSE):
         return text.lower() in TRUE
     raise ValueError(f"{variable} must be one of {', '.join((*TRUE, *FALSE))}, got {text!r}")
@@ -140,4 +154,4 @@ def _flag(variable: str, text: str) -> bool:
 
 def disabled() -> bool:
     """True under LIGER_DISABLE=1: nothing is patched, whatever asks for it."""
-    return _flag("LIGER_DISABLE", os.environ.get("LIGER_DISABLE") or "0")
+    return flag("LIGER_DISABLE", os.environ.get("LIGER_DISABLE") or "0")

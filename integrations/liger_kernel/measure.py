@@ -1,8 +1,10 @@
 """Exact peak memory and collectives of a piece of code, step times of variants taken in turns."""
 
 import itertools
+import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +16,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["PeakMemory", "Traffic", "call_ms", "interleaved_median", "step_times"]
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None
+
+__all__ = ["Meter", "PeakMemory", "Traffic", "call_ms", "interleaved_median", "step_times"]
 
 
 class PeakMemory:
@@ -135,6 +142,80 @@ def call_ms(fn: Callable[[], object], device: torch.device | str = "cpu") -> flo
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end)
+
+
+class Meter:
+    """Tokens per second of this process's training, and its peak memory, while it goes on.
+
+    Tokens are positions of `input_ids` (or `inputs_embeds`), padding included, of calls in training
+    mode. They are counted on the device, which is waited for only where the clock starts and stops,
+    and under torch.compile too. Peak memory is, on CUDA, what the caching allocator has had out
+    since the meter was made (its process-wide peak is reset then), and else the most that was ever
+    resident of this process, as the operating system tells.
+
+    Args:
+        model: the model itself, within what engines and torch.compile put around it.
+        device: where it runs.
+    """
+
+    def __init__(self, model: torch.nn.Module, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self._tokens = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
+        self._seconds, self._since = 0.0, None
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _count(self, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        if not model.training:
+            return
+        ids, embeds = (
+            kwargs.get("input_ids", args[0] if args else None),
+            kwargs.get("inputs_embeds"),
+        )
+        if ids is not None:
+            self._tokens += ids.numel()
+        elif embeds is not None:
+            self._tokens += embeds.shape[:-1].numel()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def reset(self) -> None:
+        """Forget tokens and time, not memory."""
+        self._tokens.zero_()
+        self._seconds, self._since = 0.0, None
+
+    def start(self) -> None:
+        """Have time go on, if it stands."""
+        if self._since is None:
+            self._since = self._now()
+
+    def stop(self) -> None:
+        """Have time stand still, if it goes on."""
+        if self._since is not None:
+            self._seconds, self._since = self._seconds + self._now() - self._since, None
+
+    def close(self) -> dict[str, float]:
+        """Take the hook away. `peak_memory_mib`; `tokens_per_second` if any time has passed."""
+        self.stop()
+        self._hook.remove()
+        found = {"peak_memory_mib": peak_mib(self.device)}
+        if self._seconds and (tokens := int(self._tokens)):
+            found["tokens_per_second"] = tokens / self._seconds
+        return found
+
+
+def peak_mib(device: torch.device) -> float:
+    """On CUDA the allocator's peak since it was last reset, else this process's resident one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return math.nan
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 class Traffic(TorchDispatchMode):

@@ -28,6 +28,17 @@ def batch() -> tuple[Tensor, Tensor]:
     return ids, ids.where(keep, -100)
 
 
+class Rows(torch.utils.data.Dataset):
+    """Uneven numbers of scored labels, so that a wrong normaliser shows."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        ids = torch.randint(3, V, (16,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": ids, "labels": ids.where(torch.arange(16) > i, -100)}
+
+
 def step(model: nn.Module, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
     """Outputs and gradients of one step whose loss is multiplied by 3."""
     model.zero_grad()

@@ -22,14 +22,22 @@ from liger_kernel.transformers.swiglu import (
 
 if TYPE_CHECKING:
     from liger_kernel.transformers.auto_model import AutoLigerKernelForCausalLM
+    from liger_kernel.transformers.callback import LigerCallback
     from liger_kernel.transformers.monkey_patch import (
         _apply_liger_kernel,
         _apply_liger_kernel_to_instance,
     )
-    from liger_kernel.transformers.training_args import TrainingArguments
+    from liger_kernel.transformers.training_args import (
+        LigerArguments,
+        Seq2SeqTrainingArguments,
+        TrainingArguments,
+    )
 
 _LAZY = {
     "AutoLigerKernelForCausalLM": "auto_model",
+    "LigerArguments": "training_args",
+    "LigerCallback": "callback",
+    "Seq2SeqTrainingArguments": "training_args",
     "TrainingArguments": "training_args",
     "_apply_liger_kernel": "monkey_patch",
     "_apply_liger_kernel_to_instance": "monkey_patch",
@@ -37,6 +45,8 @@ _LAZY = {
 
 __all__ = [
     "AutoLigerKernelForCausalLM",
+    "LigerArguments",
+    "LigerCallback",
     "LigerCrossEntropyLoss",
     "LigerFusedAddRMSNorm",
     "LigerFusedLinearCrossEntropyLoss",
@@ -48,6 +58,7 @@ __all__ = [
     "LigerTiledGEGLUMLP",
     "LigerTiledSwiGLUMLP",
     "Patch",
+    "Seq2SeqTrainingArguments",
     "TrainingArguments",
     "_apply_liger_kernel",
     "_apply_liger_kernel_to_instance",

@@ -202,6 +202,7 @@ def _loss(
         ignore_index=note.ignore_index,
         softcap=note.softcap,
         scale=1 / note.divisor,
+        label_smoothing=config.label_smoothing,
         labels=note.scan if y.device == x.device else None,
         memory_budget=config.memory_budget,
         accum_dtype=getattr(torch, accum) if isinstance(accum, str) else accum,
@@ -233,7 +234,7 @@ def loss_function(
         logits = logits.to_local() if is_dtensor(logits) else logits  # pyright: ignore
         return loss + logits.sum(dtype=loss.dtype)
     logits = logits.full_tensor() if is_dtensor(logits) else logits  # pyright: ignore
-    if not config.cross_entropy:
+    if not (config.cross_entropy or config.label_smoothing):
         return original(
             logits, labels, vocab_size, num_items_in_batch=num_items_in_batch,
             ignore_index=ignore_index, shift_labels=shift_labels, **kwargs,
@@ -244,7 +245,8 @@ def loss_function(
     y = shift_labels.to(logits.device)
     return cross_entropy(
         logits, y, reduction="mean" if num_items_in_batch is None else "sum",
-        total=_total(y, num_items_in_batch), ignore_index=ignore_index, impl=config.impl,
+        total=_total(y, num_items_in_batch), ignore_index=ignore_index,
+        label_smoothing=config.label_smoothing, impl=config.impl,
     )  # fmt: skip
 
 
@@ -309,6 +311,13 @@ def add_stats(model: nn.Module, args: Any, output: Any) -> None:
     note.clear()
 
 
+def made_logits(model: nn.Module) -> bool:
+    """Whether the patched head of this model has ever made full logits with a gradient."""
+    get = getattr(model, "get_output_embeddings", lambda: None)
+    found = noted(get())
+    return found is not None and found[1].unfused
+
+
 def _fuse_sites(patch: "Patch", head: nn.Module) -> str | None:
     """Put the fused forward into the head as it is now, or say why not."""
     if not (found := sites(head)):
@@ -331,7 +340,7 @@ def _fuse_sites(patch: "Patch", head: nn.Module) -> str | None:
 def fuse(patch: "Patch", recipe: Recipe) -> str | None:
     """Fuse the head of the patch's model, or say why not. Without `fused_head`: its loss alone."""
     model, config = patch.model, patch.config
-    if not (config.fused_head or config.cross_entropy):
+    if not (config.fused_head or config.cross_entropy or config.label_smoothing):
         return None
     head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
@@ -350,7 +359,7 @@ def fuse(patch: "Patch", recipe: Recipe) -> str | None:
         before = partial(leave_note, recipe)
         patch.undo(model.register_forward_pre_hook(before, with_kwargs=True).remove)
         patch.undo(model.register_forward_hook(add_stats, always_call=True).remove)
-    if config.cross_entropy:
+    if config.cross_entropy or config.label_smoothing:
         patch.record("", model, "cross entropy")
     patch.set(model, "_loss_function", partial(loss_function, model, config, recipe, original))
     return None

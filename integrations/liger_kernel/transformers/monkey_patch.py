@@ -201,6 +201,8 @@ def _apply_liger_kernel_to_instance(model: nn.Module, **kwargs: Any) -> None:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     fn = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)  # pyright: ignore
     if fn is None and not kwargs.get("generic"):
+        if kwargs.get("label_smoothing"):
+            raise ValueError(f"no recipe for model type {model_type!r} and its label_smoothing")
         known = ", ".join(MODEL_TYPE_TO_APPLY_LIGER_FN)
         logger.warning(
             "no recipe for model type %r, the model is not patched; known: %s", model_type, known

@@ -3,7 +3,7 @@
 import operator
 import types
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -214,6 +214,17 @@ def patch_of(model: nn.Module) -> Patch | None:
     return vars(_bare(model)).get("_liger_patch")
 
 
+def models_within(module: nn.Module) -> Iterator[nn.Module]:
+    """The transformers models in a module, itself or within it, none of which is in another."""
+    from transformers import PreTrainedModel
+
+    if isinstance(module, PreTrainedModel):
+        yield module
+    else:
+        for child in module.children():
+            yield from models_within(child)
+
+
 def _bare(model: Any) -> nn.Module:
     """Without what torch.compile, DDP, FSDP1, DeepSpeed and PEFT put around it."""
     while [*model._modules] in ([name] for name in (*WRAPPERS, "module")):
@@ -235,16 +246,29 @@ def _take_over(model: nn.Module, config: LigerConfig) -> None:
         part.revert()
 
 
+class NoRecipe(ValueError):
+    """A model of a family that no recipe is for."""
+
+
 def _recipe(model: nn.Module, config: LigerConfig) -> Recipe:
     model_type: Any = getattr(getattr(model, "config", None), "model_type", None)
     if (recipe := RECIPES.get(model_type)) is not None:
         return recipe
     if config.generic and model_type is not None:
         return Recipe(model_type, {})
-    raise ValueError(
+    raise NoRecipe(
         f"no recipe for model type {model_type!r} ({type(model).__name__}); known: "
         f"{', '.join(RECIPES)}. generic=True fuses the head of a causal language model alone"
     )
+
+
+def _keep_smoothing(config: LigerConfig, why: str) -> None:
+    """Label smoothing is a part of the loss: a patch that cannot put it there is refused."""
+    if config.label_smoothing:
+        raise ValueError(
+            f"liger_config's label_smoothing has no loss to go into: {why}; leave it out, or use "
+            f"label_smoothing_factor of TrainingArguments"
+        )
 
 
 def apply(model: nn.Module, config: LigerConfig | Mapping[str, Any] | str | None = None) -> Patch:
@@ -260,12 +284,13 @@ def apply(model: nn.Module, config: LigerConfig | Mapping[str, Any] | str | None
         configuration again returns the same Patch. Under LIGER_DISABLE=1 it is empty.
 
     Raises:
-        ValueError: a family without a recipe, or a model that is patched with another
-            configuration.
+        ValueError: a family without a recipe (`NoRecipe`), a model that is patched with another
+            configuration, or label smoothing where the model's loss cannot be replaced.
     """
     config, model = LigerConfig.of(config), _bare(model)
     patch = Patch(model, config)
     if disabled():
+        _keep_smoothing(config, "LIGER_DISABLE is set")
         patch.left["everything"] = "LIGER_DISABLE is set"
         return patch
     if (there := patch_of(model)) is not None and there.config == config:
@@ -277,6 +302,7 @@ def apply(model: nn.Module, config: LigerConfig | Mapping[str, Any] | str | None
     try:
         _layers(patch, recipe)
         if (why := head.fuse(patch, recipe)) is not None:
+            _keep_smoothing(config, why)
             patch.leave("fused_head", why)
         if getattr(model, "use_kernels", False):
             patch.set(model, "train", partial(_train, model, vars(model).get("train")))
