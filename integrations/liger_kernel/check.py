@@ -159,6 +159,8 @@ def check(
             parameter to train; a batch without labels.
     """
     config = LigerConfig.of(config)
+    if config.label_smoothing:
+        raise ValueError("the plain model's loss has no label_smoothing; check without it")
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     dtypes = {p.dtype for p in parameters}
     if patch_of(model) is not None:

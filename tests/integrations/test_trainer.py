@@ -87,7 +87,11 @@ FEATURES: dict[str, dict[str, Any]] = {
     "model_init": dict(parts=lambda: dict(model_init=lambda: build())),
     "LoRA": dict(parts=lambda: dict(model=lora())),
     "per micro-batch": dict(average_tokens_across_devices=False),
-    "Seq2SeqTrainer": dict(trainer_cls=transformers.Seq2SeqTrainer, cls="Seq2Seq"),
+    "Seq2SeqTrainer": dict(
+        trainer_cls=transformers.Seq2SeqTrainer,
+        cls="Seq2Seq",
+        predict_with_generate=True,
+    ),
 }
 UNFUSED = ("label smoothing", "own loss")  # Trainer keeps the labels from the model
 
