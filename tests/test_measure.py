@@ -6,12 +6,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 
 from liger_kernel import measure
-from liger_kernel.measure import PeakMemory, interleaved_median, step_times
+from liger_kernel.measure import Meter, PeakMemory, interleaved_median, step_times
 
 MIB = 2**20
 
@@ -126,3 +127,49 @@ def test_median_in_milliseconds() -> None:
 def test_nothing_to_time_is_an_error() -> None:
     with pytest.raises(ValueError, match="repeats >= 1"):
         interleaved_median({"f": lambda: None}, repeats=0)
+
+
+class Tokens(torch.nn.Module):
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None) -> Any:
+        return 2 * (input_ids if inputs_embeds is None else inputs_embeds)
+
+
+def test_a_meter_counts_training_while_it_runs() -> None:
+    model = Tokens()
+    meter = Meter(model, "cpu")
+    model(torch.zeros(2, 9))
+    meter.reset()
+    meter.start()
+    model(input_ids=torch.zeros(2, 25))
+    model(inputs_embeds=torch.zeros(2, 5, 4))
+    time.sleep(0.05)
+    meter.stop()
+    time.sleep(0.5)
+    meter.start()
+    model.eval()
+    model(torch.zeros(2, 100))
+    found = meter.close()
+    assert 60 / 0.4 < found["tokens_per_second"] < 60 / 0.05
+    assert found["peak_memory_mib"] > 10
+    assert not model._forward_pre_hooks
+
+
+def test_a_meter_counts_under_compile_without_a_recompilation() -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model = Tokens()
+    meter = Meter(model, "cpu")
+    call = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
+    call(input_ids=torch.zeros(2, 9))
+    first = len(graphs)
+    for length in range(3, 8):
+        call(input_ids=torch.zeros(2, length))
+    assert int(meter._tokens) == 18 + 2 * sum(range(3, 8)) and len(graphs) == first
+
+
+def test_a_meter_that_saw_nothing_says_nothing() -> None:
+    assert Meter(Tokens(), "cpu").close().keys() == {"peak_memory_mib"}

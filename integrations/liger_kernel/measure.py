@@ -174,9 +174,9 @@ class Meter:
             kwargs.get("inputs_embeds"),
         )
         if ids is not None:
-            self._tokens += ids.numel()
+            self._tokens.add_(ids.numel())
         elif embeds is not None:
-            self._tokens += embeds.shape[:-1].numel()
+            self._tokens.add_(embeds.shape[:-1].numel())
 
     def _now(self) -> float:
         if self.device.type == "cuda":
