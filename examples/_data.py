@@ -1,4 +1,4 @@
-"""Model and text of finetune.py: find them, refuse what cannot be used, cut text into blocks."""
+"""Model and text of the examples: find them, refuse what cannot be used, cut text into pieces."""
 
 import importlib.metadata
 import importlib.util
@@ -118,6 +118,28 @@ def model_source(settings: Settings, folder: Path) -> str:
     return str(folder / "model") if settings.model == "smollm2" else settings.model
 
 
+def pretrained(model: str, folder: Path) -> str:
+    """What `from_pretrained` takes for `model`; smollm2 is written into `folder`, once."""
+    if model == "smollm2" and not (folder / "smollm2").exists():
+        _convert(folder / "smollm2")
+    return str(folder / "smollm2") if model == "smollm2" else model
+
+
+def sections() -> tuple[list[str], list[str]]:
+    """Sections of Python's own documentation, of uneven lengths: to train on, and held out."""
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    random.Random(0).shuffle(names)
+    held = len(names) // HELD_OUT
+    found = [
+        [section for name in part for section in re.split(r"\n\n(?=\S)", topics[name].strip())]
+        for part in (names[held:], names[:held])
+    ]
+    random.Random(0).shuffle(found[0])
+    return found[0], found[1]
+
+
 def _convert(target: Path) -> None:
     """Write the GGUF file as a plain model folder, so that its slow reading happens once."""
     import torch
@@ -134,7 +156,10 @@ def _convert(target: Path) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     del model.config.quantization_config
     model.save_pretrained(half)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(half)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # transformers makes it the token that texts begin with, whatever the file says
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    tokenizer.save_pretrained(half)
     half.rename(target)
 
 

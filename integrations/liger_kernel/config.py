@@ -94,7 +94,7 @@ class LigerConfig:
         if isinstance(value, cls):
             given = {name: getattr(value, name) for name in NAMES}  # of a subclass too
         elif value is None or isinstance(value, Mapping):
-            given = _named(value or {})
+            given = named(value or {})
         else:
             raise ValueError(f"liger_config must be a mapping, JSON or None, got {value!r}")
         return LigerConfig(**given | from_environment())
@@ -108,7 +108,12 @@ NAMES = tuple(f.name for f in fields(LigerConfig))
 FLAGS = tuple(f.name for f in fields(LigerConfig) if isinstance(f.default, bool))
 
 
-def _named(value: Mapping[str, Any]) -> dict[str, Any]:
+def named(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by LigerConfig's own names, of a mapping that may have upstream's.
+
+    Raises:
+        ValueError: a name that is not known, or two that contradict.
+    """
     given: dict[str, Any] = {}
     for name, setting in value.items():
         field = UPSTREAM.get(name, name)

@@ -31,6 +31,7 @@ from tiny import Rows, build
 
 Result = tuple[list[float], dict[str, Tensor], bool]
 CUDA = torch.cuda.is_available()
+ON_CPU = not CUDA and sys.argv[1:2] == ["ddp"]
 STEPS, BATCH, ACCUMULATE, LR = 3, 1, 2, 0.1
 
 FSDP = dict(
@@ -50,17 +51,10 @@ ENGINES: dict[str, dict[str, str]] = {  # what `accelerate launch` exports for e
 
 
 def sharding_on_cpu() -> None:
-    """accelerate has FSDP for GPUs only, and torch has it for CPUs too."""
-    init = AcceleratorState.__init__
-
-    def __init__(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.distributed_type = accelerate.DistributedType.FSDP
-            self.fsdp_plugin = fsdp_plugin
-            PartialState._shared_state["distributed_type"] = self.distributed_type
-
-    AcceleratorState.__init__ = __init__
+    """accelerate has FSDP and ZeRO for GPUs only; torch and DeepSpeed have them for CPUs too."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    backend = ("gloo", accelerate.DistributedType.MULTI_GPU)
+    PartialState._prepare_backend = lambda *_: backend  # pyright: ignore
 
 
 def model_of() -> Any:
@@ -75,7 +69,7 @@ def trainer_run(
         args = cls(
             output_dir=folder, max_steps=STEPS, per_device_train_batch_size=BATCH, logging_steps=1,
             gradient_accumulation_steps=ACCUMULATE, learning_rate=LR, optim="sgd", report_to=[],
-            use_cpu=not CUDA, disable_tqdm=True, save_strategy="no", seed=0,
+            use_cpu=ON_CPU, disable_tqdm=True, save_strategy="no", seed=0,
             lr_scheduler_type="constant", average_tokens_across_devices=True, **extra,
         )  # fmt: skip
         trainer = Trainer(model_of(), args, train_dataset=Rows(), callbacks=callbacks)
@@ -133,11 +127,11 @@ def by_environment(run: Callable[..., Any], *args: Any) -> Any:
 
 
 def stock(**options: Any) -> Any:
-    return accelerate.Accelerator(cpu=not CUDA, gradient_accumulation_steps=ACCUMULATE, **options)
+    return accelerate.Accelerator(cpu=ON_CPU, gradient_accumulation_steps=ACCUMULATE, **options)
 
 
 def ours(**options: Any) -> Any:
-    return LigerAccelerator(cpu=not CUDA, gradient_accumulation_steps=ACCUMULATE, **options)
+    return LigerAccelerator(cpu=ON_CPU, gradient_accumulation_steps=ACCUMULATE, **options)
 
 
 WAYS: dict[str, Callable[[], Result]] = {
@@ -169,7 +163,7 @@ def furthest(
 
 def main(engine: str, output: Path) -> None:
     os.environ.update(ENGINES[engine])
-    if "fsdp" in engine and not CUDA:
+    if engine != "ddp" and not CUDA:
         sharding_on_cpu()
     start = {n: p.clone() for n, p in model_of().state_dict().items()}
     plain: dict[str, Any] = {}

@@ -9,13 +9,15 @@ import torch
 from adapters_job import ENGINES, WAYS
 from launch import launch, too_few
 
-ON_CPU = ("ddp", "fsdp2")
+ON_CPU = ("ddp", "fsdp2", "zero3")  # FSDP1 ends in a segmentation fault there
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_is_the_plain_one(engine: str, tmp_path: Path) -> None:
     if too_few(2) or not (torch.cuda.is_available() or engine in ON_CPU):
         pytest.skip("needs 2 GPUs")
+    if engine == "zero3":
+        pytest.importorskip("deepspeed")
     output = tmp_path / "lines"
     said = launch(Path(__file__).with_name("adapters_job.py"), engine, str(output), timeout=300)
     text = output.read_text() if output.exists() else ""
