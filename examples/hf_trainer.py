@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         eval_dataset=[tokens(text) for text in held_out[: example.texts // 8 + 1]],
         data_collator=DataCollatorForSeq2Seq(tokenizer),  # pads labels with -100
         processing_class=tokenizer,
-        callbacks=[LigerCallback(args.liger_config)] if args.use_liger else None,
+        callbacks=[LigerCallback(args.liger_kernel_config)] if args.use_liger else None,
     )
     print("resuming from", found, flush=True)
     result = trainer.train(resume_from_checkpoint=str(found) if found else None)

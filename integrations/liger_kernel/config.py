@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from liger_core.dispatch import Impl
@@ -32,8 +32,8 @@ class LigerConfig:
             False to go backward twice through one forward (`retain_graph=True`).
         fused_head: lm_head computes the loss itself while training with labels; no logits.
         cross_entropy: the loss of logits that do exist (evaluation, or without `fused_head`).
-        label_smoothing: of the model's loss, in [0, 1), in evaluation too. In place of Trainer's
-            `label_smoothing_factor`, which takes the labels away and needs full logits.
+        label_smoothing: of a patched model's loss, in [0, 1), in evaluation too. In place of
+            Trainer's `label_smoothing_factor`, which takes the labels away and needs full logits.
         memory_budget: bytes of logits that the fused head holds at once; None for a quarter of
             them, within 32 MiB and 1 GiB.
         accum_dtype: in which the head's weight gradient is summed over chunks, "float32" or
@@ -92,7 +92,7 @@ class LigerConfig:
             except json.JSONDecodeError as error:
                 raise ValueError(f"liger_config is not valid JSON ({error}): {value!r}") from None
         if isinstance(value, cls):
-            given = {name: getattr(value, name) for name in NAMES}  # of a subclass too
+            given = value.to_dict()
         elif value is None or isinstance(value, Mapping):
             given = named(value or {})
         else:
@@ -100,12 +100,17 @@ class LigerConfig:
         return LigerConfig(**given | from_environment())
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, for JSON and YAML."""
-        return asdict(self)
+        """LigerConfig's fields as plain values, for JSON and YAML."""
+        return {name: getattr(self, name) for name in NAMES}
 
 
 NAMES = tuple(f.name for f in fields(LigerConfig))
 FLAGS = tuple(f.name for f in fields(LigerConfig) if isinstance(f.default, bool))
+
+
+def whole(value: Mapping[str, Any] | None) -> bool:
+    """Whether these are all fields of a LigerConfig, as `to_dict` gives them."""
+    return value is not None and set(NAMES) <= value.keys()
 
 
 def named(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,9 +45,13 @@ def _checked(frameworks: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class ClassEdits:
-    """Attributes of classes that were replaced, and the way back."""
+    """Attributes of classes that were replaced, and the way back.
+
+    `on` is False once that was gone: what others have put around ours then does nothing.
+    """
 
     def __init__(self) -> None:
+        self.on = True
         self._edits: list[tuple[type, str, bool, Any, Any]] = []
 
     def put(self, cls: type, name: str, value: Any) -> None:
@@ -58,6 +62,7 @@ class ClassEdits:
 
     def revert(self) -> None:
         """Restore every attribute that is still as it was put."""
+        self.on = False
         while self._edits:
             cls, name, had, before, value = self._edits.pop()
             if vars(cls).get(name) is not value:

@@ -284,6 +284,8 @@ def _add_product(out: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -
     if a.is_cuda and dtype == torch.float32:  # bf16 or fp16 operands, fp32 sum, in one pass
         if out is None:
             return torch.mm(a, b, out_dtype=dtype)
+        if torch.compiler.is_compiling():  # which knows no `out` here, and writes in place itself
+            return torch.addmm(out, a, b, out_dtype=dtype)
         return torch.addmm(out, a, b, out_dtype=dtype, out=out)
     return (a @ b).to(dtype) if out is None else out.add_(a @ b)
 

@@ -25,9 +25,8 @@ from transformers import Trainer
 
 import liger_kernel
 from liger_kernel.accelerate import LigerAccelerator, LigerPlugin
-from liger_kernel.transformers import LigerCallback, TrainingArguments, patch_of
-from liger_kernel.transformers.head import made_logits
-from tiny import Rows, build
+from liger_kernel.transformers import LigerCallback, TrainingArguments
+from tiny import Rows, build, fused
 
 Result = tuple[list[float], dict[str, Tensor], bool]
 CUDA = torch.cuda.is_available()
@@ -108,8 +107,7 @@ def state(accelerator: Any, model: Any) -> tuple[dict[str, Tensor], bool]:
     """Whole parameters, on process zero; whether the loss was fused."""
     found = accelerator.get_state_dict(model, unwrap=False) or {}
     whole = {n.removeprefix("module."): p.detach().float().cpu() for n, p in found.items()}
-    bare = accelerator.unwrap_model(model)
-    return whole, patch_of(bare) is not None and not made_logits(bare)
+    return whole, fused(accelerator.unwrap_model(model))
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """LigerPlugin: what is patched when an Accelerator prepares it, and how that is taken back."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,6 +90,44 @@ def test_revert_leaves_no_trace() -> None:
     assert patch_of(theirs) is patched  # the user's own stays
     del model._is_accelerate_prepared
     assert state(model) == before
+
+
+def test_a_plugin_that_is_off_does_nothing() -> None:
+    accelerator = Accelerator(cpu=True)
+    with LigerPlugin().apply(accelerator) as handle:
+        with LigerPlugin(use_liger=False, rope=False).apply(accelerator) as off:
+            off.patch(model := build())
+        assert patch_of(model) is None
+        accelerator.prepare_model(model)
+        assert len(handle.patches) == 1
+
+
+def test_models_are_let_go() -> None:
+    accelerator = LigerAccelerator(cpu=True, liger_plugin=LigerPlugin())
+    model = accelerator.prepare(build())
+    there = weakref.ref(model)
+    accelerator.free_memory(model)
+    del model
+    gc.collect()
+    assert there() is None
+
+
+def test_revert_leaves_what_others_have_put_around_it() -> None:
+    accelerator, seen = Accelerator(cpu=True), []
+    first = LigerPlugin().apply(accelerator)
+    ours = accelerator.prepare
+
+    def theirs(*args: Any) -> Any:
+        seen.append(args)
+        return ours(*args)
+
+    accelerator.prepare = theirs
+    first.revert()
+    model = accelerator.prepare(build())
+    assert len(seen) == 1 and patch_of(model) is None
+    with LigerPlugin().apply(accelerator) as second:
+        first.revert()  # again, which is nothing
+        assert LigerPlugin().apply(accelerator) is second
 
 
 def test_twice_is_once_and_another_is_an_error() -> None:

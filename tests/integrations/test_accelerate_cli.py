@@ -424,6 +424,20 @@ def test_run_is_as_python_would_run_it(tmp_path: Path, args: list[str]) -> None:
     assert ("RuntimeError: of the script" in last) == ("raise" in args)
 
 
+def test_run_installs_however_accelerate_is_looked_for(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import importlib.util, transformers\n"
+        "assert importlib.util.find_spec('accelerate')\n"
+        "from accelerate import Accelerator\n"
+        "from liger_kernel.stock import _installed\n"
+        "print(*_installed)"
+    )
+    assert python("-m", cli.RUN, script).stdout == "accelerate\n"
+    both = f"import accelerate, sys; from {cli.RUN} import main; main(sys.argv[1:])"
+    assert python("-c", both, script).stdout == "accelerate\n"
+
+
 def test_run_leaves_the_scripts_variables_their_time(tmp_path: Path) -> None:
     """What Hugging Face's libraries read when they are imported, scripts set at their top."""
     script = tmp_path / "script.py"

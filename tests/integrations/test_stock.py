@@ -90,6 +90,31 @@ def test_their_command_line(cls: Any) -> None:
     assert args.use_liger_kernel and args.liger_kernel_config["mlp"] is False
 
 
+def test_what_others_have_put_around_it_forgets_too() -> None:
+    edited = transformers.TrainingArguments
+    before = [vars(edited)[name] for name in ("__init__", "__post_init__")]
+    liger_kernel.install("transformers")
+
+    @dataclasses.dataclass
+    class Between(transformers.TrainingArguments):
+        """Made while it was installed: it keeps what it has."""
+
+    for name in ("__init__", "__post_init__"):
+        inner = vars(edited)[name]
+        setattr(edited, name, lambda self, *a, inner=inner, **k: inner(self, *a, **k))
+    liger_kernel.uninstall("transformers")
+    try:
+        assert not edited(output_dir="x").use_liger_kernel
+        with pytest.raises(TypeError, match="use_liger"):
+            edited(output_dir="x", use_liger=True)  # pyright: ignore
+        assert Between(output_dir="x", use_liger=True).use_liger_kernel  # pyright: ignore
+        with pytest.raises(ValueError, match="not a liger_config option"):
+            Between(output_dir="x", use_liger=True, liger_config={"ropes": 1})  # pyright: ignore
+    finally:
+        for name, value in zip(("__init__", "__post_init__"), before, strict=True):
+            setattr(edited, name, value)
+
+
 def test_names() -> None:
     with pytest.raises(ValueError, match="'jax' has no stock classes here"):
         liger_kernel.install("jax")

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModel, GPT2Config, GPT2LMHeadModel, HfArgumentParser, Trainer
 
 import liger_kernel
+from liger_kernel import LigerConfig
 from liger_kernel.check import allowed
 from liger_kernel.transformers import (
     LigerArguments,
@@ -23,8 +24,7 @@ from liger_kernel.transformers import (
     apply,
     patch_of,
 )
-from liger_kernel.transformers.head import made_logits
-from tiny import Rows, V, build
+from tiny import Rows, V, build, fused
 
 
 def train(
@@ -47,10 +47,6 @@ def train(
 def same_parameters(a: Any, b: Any) -> None:
     for (name, p), q in zip(a.model.named_parameters(), b.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)
-
-
-def fused(trainer: Any) -> bool:
-    return patch_of(trainer.model) is not None and not made_logits(trainer.model)
 
 
 def lora() -> Any:
@@ -113,7 +109,7 @@ def test_no_number_changes(tmp_path: Path, feature: str, way: str) -> None:
 
     (want, plain), (got, patched) = run(False), run(True)
     assert patch_of(plain.model) is None and patch_of(patched.model) is not None
-    assert fused(patched) == (feature not in UNFUSED)
+    assert fused(patched.model) == (feature not in UNFUSED)
     assert got == pytest.approx(want, rel=1e-5)
     same_parameters(patched, plain)
     assert patched.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-4)
@@ -133,7 +129,7 @@ def test_a_dataclass_of_the_users_own(tmp_path: Path) -> None:
 def test_label_smoothing_that_is_fused(tmp_path: Path) -> None:
     want, plain = train(tmp_path, label_smoothing_factor=0.1)
     got, ours = train(tmp_path, use_liger=True, liger_config={"label_smoothing": 0.1})
-    assert fused(ours) and got == pytest.approx(want, rel=1e-5)
+    assert fused(ours.model) and got == pytest.approx(want, rel=1e-5)
     same_parameters(ours, plain)
     unsmoothed, _ = train(tmp_path)
     assert got != pytest.approx(unsmoothed, rel=1e-3)
@@ -186,9 +182,62 @@ def test_the_callback_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert len(trainer.model._forward_pre_hooks) == 1  # the patch's own
 
 
-def test_the_callback_says_where_logits_are_made(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="lm_head makes full logits in training"):
-        train(tmp_path, parts=dict(callbacks=[LigerCallback()], compute_loss_func=squared))
+@pytest.mark.parametrize("kwargs", [dict(use_liger=True), dict(use_liger_kernel=True)], ids=str)
+def test_logits_in_training_are_not_silent(tmp_path: Path, kwargs: dict[str, bool]) -> None:
+    with pytest.warns(UserWarning, match="lm_head makes full logits in training") as said:
+        train(tmp_path, parts=dict(compute_loss_func=squared), **kwargs)
+    assert len(said) == 1
+    smoothed = dict(use_liger=True, liger_config={"label_smoothing": 0.1})
+    with pytest.raises(ValueError, match="a model that is given its labels"):
+        train(tmp_path, parts=dict(compute_loss_func=squared), **smoothed)
+
+
+def test_two_configurations_are_an_error(tmp_path: Path) -> None:
+    callbacks = [LigerCallback({"rope": False})]
+    with pytest.raises(ValueError, match="LigerCallback LigerConfig"):
+        train(tmp_path, parts=dict(callbacks=callbacks), use_liger=True)
+    _, trainer = train(tmp_path, parts=dict(callbacks=callbacks))
+    with pytest.raises(ValueError, match="another loss"):
+        _apply_liger_kernel_to_instance(trainer.model, label_smoothing=0.1)
+
+
+def test_a_model_without_a_recipe_is_an_error_of_the_flag(tmp_path: Path) -> None:
+    def gpt2() -> Any:
+        config = GPT2Config(vocab_size=V, n_embd=8, n_layer=1, n_head=2, n_positions=16)
+        return GPT2LMHeadModel(config)
+
+    with pytest.raises(ValueError, match="no recipe for model type 'gpt2'"):
+        train(tmp_path, parts=dict(model=gpt2()), use_liger=True)
+    train(tmp_path, parts=dict(model=gpt2()), use_liger_kernel=True)  # upstream's contract
+    _, trainer = train(
+        tmp_path, parts=dict(model=gpt2()), use_liger=True, liger_config=dict(generic=True)
+    )
+    assert fused(trainer.model)
+
+
+def test_the_mixin_says_where_it_does_not_belong() -> None:
+    with pytest.raises(TypeError, match="LigerArguments must come first among the bases of Behind"):
+
+        class Behind(transformers.TrainingArguments, LigerArguments): ...
+
+    @dataclasses.dataclass
+    class Alone(LigerArguments):
+        lr: float = 1.0
+
+    with pytest.raises(TypeError, match="Alone must be made from TrainingArguments too"):
+        Alone(use_liger=True)
+
+
+def test_replace_changes_the_configuration() -> None:
+    args = TrainingArguments(output_dir="x", use_liger=True, liger_config=LigerConfig(rope=False))
+    json.loads(args.to_json_string())
+    again = dataclasses.replace(args, liger_config={"norm": False})
+    assert again.liger_kernel_config == LigerConfig(norm=False).to_dict()
+    assert dataclasses.replace(args, use_liger=False, liger_config=None, use_liger_kernel=False)
+    with pytest.raises(ValueError, match="turn both off"):
+        dataclasses.replace(args, use_liger=False, liger_config=None)
+    stock = TrainingArguments(output_dir="x", use_liger=True, liger_kernel_config={"rope": False})
+    assert dataclasses.replace(stock, seed=1).liger_kernel_config["rope"] is False
 
 
 def test_mixed_precision_errs_no_more_than_the_plain_run(tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from liger_kernel.transformers import patch_of
+from liger_kernel.transformers.head import noted
+
 V = 97
 TINY = dict(
     vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -37,6 +40,12 @@ class Rows(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         ids = torch.randint(3, V, (16,), generator=torch.Generator().manual_seed(i))
         return {"input_ids": ids, "labels": ids.where(torch.arange(16) > i, -100)}
+
+
+def fused(model: Any) -> bool:
+    """Whether the model is patched, and its head has never made full logits with a gradient."""
+    found = noted(model.get_output_embeddings())
+    return patch_of(model) is not None and found is not None and not found[1].unfused
 
 
 def step(model: nn.Module, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:

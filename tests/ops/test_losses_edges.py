@@ -299,14 +299,18 @@ def test_no_gradient_is_computed_under_no_grad() -> None:
     assert not loss.requires_grad
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_errs_no_more_than_torch(dtype: torch.dtype) -> None:
+def test_autocast_errs_no_more_than_torch(dtype: torch.dtype, compiled: bool) -> None:
     """fp32 master weights under autocast: products in half precision, gradients in fp32."""
+    op = linear_cross_entropy
+    if compiled:
+        op = torch.compile(op, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "eager")
     x, w = operands()
     y = labels(M, V)
     exact = torch.autograd.grad(F.cross_entropy((x.double() @ w.double().T), y), (x, w))
     with torch.autocast(DEVICE, dtype):
-        ours = torch.autograd.grad(linear_cross_entropy(x, w, y, memory_budget=4 * V), (x, w))
+        ours = torch.autograd.grad(op(x, w, y, memory_budget=4 * V), (x, w))
         theirs = torch.autograd.grad(F.cross_entropy(F.linear(x, w).float(), y), (x, w))
     for o, t, e in zip(ours, theirs, exact, strict=True):
         assert o.dtype == torch.float32

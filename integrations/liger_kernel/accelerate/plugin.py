@@ -3,15 +3,16 @@
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
+from weakref import WeakSet
 
 import accelerate
 from torch import nn
 
-from liger_kernel.config import NAMES, LigerConfig, flag, from_environment
+from liger_kernel.config import LigerConfig, flag, from_environment
 from liger_kernel.stock import ClassEdits
 from liger_kernel.transformers.patch import NoRecipe, Patch, apply, models_within, patch_of
 
@@ -25,8 +26,8 @@ class LigerPlugin(LigerConfig):
         accelerator = LigerAccelerator(liger_plugin=LigerPlugin(rope=False))
         LigerPlugin().apply(trainer.accelerator)
 
-    As in accelerate's own plugins, the environment has a say: ACCELERATE_USE_LIGER sets
-    `use_liger`, LIGER_ROPE and so on the fields of their names, whatever is passed.
+    The environment has the last word: ACCELERATE_USE_LIGER sets `use_liger`, LIGER_ROPE and so on
+    the fields of their names.
 
     Attributes:
         use_liger: False for a plugin that does nothing.
@@ -44,43 +45,50 @@ class LigerPlugin(LigerConfig):
     @property
     def config(self) -> LigerConfig:
         """What models are patched with."""
-        return LigerConfig(**{name: getattr(self, name) for name in NAMES})
+        return LigerConfig(**self.to_dict())
 
     def apply(self, accelerator: accelerate.Accelerator) -> "AcceleratorPatch":
         """Have this instance patch the models that it prepares from now on.
+
+        A hyperparameter search of HF Trainer makes accelerators of its own: there, take the flag or
+        LigerCallback.
 
         Raises:
             ValueError: the accelerator has another configuration already.
         """
         there: AcceleratorPatch | None = vars(accelerator).get("_liger")
-        if there is not None and there.config != self.config:
+        if there is None or not self.use_liger:
+            return AcceleratorPatch(accelerator, self.config, self.use_liger)
+        if there.config != self.config:
             raise ValueError(
                 f"the accelerator already patches with {there.config}; revert() that before "
                 f"applying {self.config}"
             )
-        if there is None:
-            there = AcceleratorPatch(accelerator, self.config)
-            if self.use_liger:
-                there._set()
         return there
 
 
-@dataclass(slots=True)
 class AcceleratorPatch:
     """What an Accelerator has patched so far. A context manager, as `Patch` is."""
 
-    accelerator: accelerate.Accelerator
-    config: LigerConfig
-    patches: list[Patch] = field(default_factory=list[Patch])
-    _theirs: list[Patch] = field(default_factory=list[Patch])  # that were there before
-    _before: dict[str, Any] = field(default_factory=dict[str, Any])
-
-    def _set(self) -> None:
-        own = vars(self.accelerator)
+    def __init__(self, accelerator: accelerate.Accelerator, config: LigerConfig, on: bool) -> None:
+        self.accelerator, self.config, self._on = accelerator, config, on
+        self._models = WeakSet[nn.Module]()  # it keeps none alive
+        self._found = False
+        self._undo: list[Callable[[], object]] = []
+        if not on:
+            return
+        own = vars(accelerator)
         for name in ("prepare", "prepare_model"):
-            self._before[name] = own.get(name)
-            own[name] = partial(_preparing, self, getattr(self.accelerator, name))
+            before, ours = own.get(name), partial(_preparing, self, getattr(accelerator, name))
+            own[name] = ours
+            self._undo.append(partial(_restore, own, name, ours, before))
         own["_liger"] = self
+        self._undo.append(partial(_restore, own, "_liger", self, None))
+
+    @property
+    def patches(self) -> list[Patch]:
+        """Of the models that are still there, without those that were patched before."""
+        return [patch for model in self._models if (patch := patch_of(model)) is not None]
 
     def patch(self, *modules: nn.Module) -> None:
         """Patch the transformers models within these modules; others are left.
@@ -89,18 +97,20 @@ class AcceleratorPatch:
             ValueError: there is nothing to patch in them, and this accelerator has patched nothing
                 before; or as `liger_kernel.transformers.apply` does.
         """
+        if not self._on:
+            return
         why = list[str]()
         for model in chain.from_iterable(map(models_within, modules)):
-            there = patch_of(model)
+            theirs = patch_of(model) is not None
             try:
-                patch = apply(model, self.config)
+                apply(model, self.config)
             except NoRecipe as error:
                 why.append(str(error))
                 continue
-            found = self.patches if there is None else self._theirs
-            if all(patch is not p for p in (*self.patches, *self._theirs)):
-                found.append(patch)
-        if modules and not (self.patches or self._theirs):
+            self._found = True
+            if not theirs:
+                self._models.add(model)
+        if modules and not self._found:
             names = ", ".join(type(m).__name__ for m in modules)
             raise ValueError(
                 f"liger has nothing to patch in {names}: "
@@ -110,23 +120,28 @@ class AcceleratorPatch:
 
     def revert(self) -> None:
         """Restore the accelerator, and every model that it has patched."""
-        own = vars(self.accelerator)
-        for name, before in self._before.items():
-            if before is None:
-                own.pop(name, None)
-            else:
-                own[name] = before
-        own.pop("_liger", None)
-        self._before.clear()
-        self._theirs.clear()
-        while self.patches:
-            self.patches.pop().revert()
+        self._on = False
+        while self._undo:
+            self._undo.pop()()
+        for patch in self.patches:
+            patch.revert()
+        self._models.clear()
 
     def __enter__(self) -> "AcceleratorPatch":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.revert()
+
+
+def _restore(own: dict[str, Any], name: str, ours: object, before: object) -> None:
+    """Put `before` where ours is; what others have put around it calls ours, which does nothing."""
+    if own.get(name) is not ours:
+        return
+    if before is None:
+        del own[name]
+    else:
+        own[name] = before
 
 
 def _preparing(
@@ -161,11 +176,11 @@ class LigerAccelerator(accelerate.Accelerator):
         _turn_on(self, liger_plugin)
 
 
-def _taking_ours(init: Callable[..., None]) -> Callable[..., None]:
+def _taking_plugin(init: Callable[..., None], edits: ClassEdits) -> Callable[..., None]:
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, liger_plugin: Any = None, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        if not isinstance(self, LigerAccelerator):  # which does so itself
+        if edits.on and not isinstance(self, LigerAccelerator):  # which does so itself
             _turn_on(self, liger_plugin)
 
     return __init__
@@ -174,5 +189,6 @@ def _taking_ours(init: Callable[..., None]) -> Callable[..., None]:
 def install() -> Callable[[], None]:
     """Have every Accelerator take what LigerAccelerator takes; returns what takes it back."""
     edits = ClassEdits()
-    edits.put(accelerate.Accelerator, "__init__", _taking_ours(accelerate.Accelerator.__init__))
+    init = accelerate.Accelerator.__init__
+    edits.put(accelerate.Accelerator, "__init__", _taking_plugin(init, edits))
     return edits.revert

@@ -9,6 +9,8 @@ import importlib.util
 import os
 import runpy
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -26,17 +28,21 @@ class WhenImported:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != "accelerate":
             return None
-        sys.meta_path.remove(self)  # pyright: ignore
-        spec = importlib.util.find_spec(name)
+        finders: list[Any] = sys.meta_path
+        at = finders.index(self)
+        del finders[at]
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            finders.insert(at, self)  # many look for it before one imports it
         if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                load(module)
-                liger_kernel.install("accelerate")
-
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = partial(self._load, spec.loader.exec_module)
         return spec
+
+    def _load(self, load: Callable[[ModuleType], None], module: ModuleType) -> None:
+        sys.meta_path.remove(self)  # pyright: ignore
+        load(module)
+        liger_kernel.install("accelerate")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,7 +56,10 @@ def main(argv: list[str] | None = None) -> None:
     if len(argv) <= module:
         print(f"usage: python -m {__spec__.name} [-m] SCRIPT ARGS...", file=sys.stderr)
         sys.exit(2)
-    sys.meta_path.insert(0, WhenImported())  # pyright: ignore
+    if "accelerate" in sys.modules:
+        liger_kernel.install("accelerate")
+    else:
+        sys.meta_path.insert(0, WhenImported())  # pyright: ignore
     name, sys.argv = argv[module], argv[module:]
     if module:
         runpy.run_module(name, run_name="__main__", alter_sys=True)

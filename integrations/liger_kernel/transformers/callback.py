@@ -1,6 +1,5 @@
 """LigerCallback: the patch for a Trainer whose model and arguments are somebody else's."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +7,6 @@ from transformers import TrainerCallback
 
 from liger_kernel.config import LigerConfig
 from liger_kernel.measure import Meter
-from liger_kernel.transformers.head import made_logits
 from liger_kernel.transformers.patch import Patch, apply
 
 PREFIX = "liger_"  # of its figures among Trainer's metrics
@@ -20,15 +18,19 @@ class LigerCallback(TrainerCallback):
         Trainer(model, args, callbacks=[LigerCallback({"rope": False})], ...)
 
     The patch comes when the Trainer is made, or when training begins for a model that
-    `model_init` makes anew. Training's metrics get `liger_tokens_per_second`, of this process and
-    without its first step, evaluation and checkpoints, and `liger_peak_memory_mib`, see
+    `model_init` makes anew and for a callback that is added later. Trainer's arguments stay as they
+    are, so that evaluation makes logits, which `use_liger` spares where the loss is enough.
+
+    What `train()` returns, and the last entry of the log, have `liger_tokens_per_second`, of this
+    process without its first step, evaluation and checkpoints, and `liger_peak_memory_mib`, see
     `liger_kernel.measure.Meter`. Process zero prints both and what was patched.
 
     Args:
         config: what `LigerConfig.of` takes.
 
     Raises:
-        ValueError: in Trainer's constructor, as `liger_kernel.transformers.apply` does.
+        ValueError: as `liger_kernel.transformers.apply` does, or where the arguments have
+            `use_liger_kernel` with another configuration.
     """
 
     def __init__(self, config: LigerConfig | Mapping[str, Any] | str | None = None) -> None:
@@ -37,16 +39,20 @@ class LigerCallback(TrainerCallback):
         self.meter: Meter | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._apply(state, kwargs["model"])
+        self._apply(args, state, kwargs["model"])
 
-    def _apply(self, state: Any, model: Any) -> None:
+    def _apply(self, args: Any, state: Any, model: Any) -> None:
+        if args.use_liger_kernel:
+            theirs = LigerConfig.of(args.liger_kernel_config)
+            if theirs != self.config:
+                raise ValueError(f"the arguments have {theirs}, LigerCallback {self.config}")
         patch = apply(model, self.config)
         if patch is not self.patch and state.is_world_process_zero:
             print(patch, flush=True)
         self.patch = patch
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._apply(state, kwargs["model"])
+        self._apply(args, state, kwargs["model"])
         if self.meter is not None:
             self.meter.close()  # of a run that broke off
         self.meter = Meter(kwargs["model"], args.device)
@@ -63,12 +69,6 @@ class LigerCallback(TrainerCallback):
             self.first = False
             self.meter.reset()
             self.meter.start()
-            if made_logits(kwargs["model"]):
-                warnings.warn(
-                    "lm_head makes full logits in training, because the labels do not reach the "
-                    "model: compute_loss_func and label_smoothing_factor have them",
-                    stacklevel=2,
-                )
         if control.should_evaluate or control.should_save:
             self.meter.stop()
 

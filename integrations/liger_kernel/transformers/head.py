@@ -161,6 +161,7 @@ def forward(head: nn.Module, config: LigerConfig, x: Tensor, *args: Any, **kwarg
     whole = w is not None and w.shape[0] == linear(head).out_features
     if note is None or note.y is None or options is None or w is None or not whole:
         if note is not None and torch.is_grad_enabled():
+            _say_unfused(head, note, config)
             note.unfused = True
             gather(head)
         return type(head).forward(head, x, *args, **kwargs)
@@ -182,6 +183,24 @@ def forward(head: nn.Module, config: LigerConfig, x: Tensor, *args: Any, **kwarg
     if not torch.compiler.is_compiling():
         note.version = note.logits._version
     return note.logits
+
+
+def _say_unfused(head: nn.Module, note: Note, config: LigerConfig) -> None:
+    """Where full logits are made in training because no labels have come."""
+    if note.y is not None or not head.training:
+        return
+    if config.label_smoothing:
+        raise ValueError(
+            "liger_config's label_smoothing is for a model that is given its labels: this call has "
+            "none (compute_loss_func and label_smoothing_factor keep them)"
+        )
+    if not (note.unfused or torch.compiler.is_compiling()):
+        warnings.warn(
+            "lm_head makes full logits in training, because no labels reach the model "
+            "(compute_loss_func and label_smoothing_factor keep them); fused_head=False if so "
+            "intended",
+            stacklevel=2,
+        )
 
 
 def _loss(
@@ -309,13 +328,6 @@ def add_stats(model: nn.Module, args: Any, output: Any) -> None:
         for name in note.wanted:
             setattr(output, name, getattr(note, name))
     note.clear()
-
-
-def made_logits(model: nn.Module) -> bool:
-    """Whether the patched head of this model has ever made full logits with a gradient."""
-    get = getattr(model, "get_output_embeddings", lambda: None)
-    found = noted(get())
-    return found is not None and found[1].unfused
 
 
 def _fuse_sites(patch: "Patch", head: nn.Module) -> str | None:

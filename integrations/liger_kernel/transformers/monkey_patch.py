@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from liger_kernel.config import FLAGS, NAMES, UPSTREAM, LigerConfig
+from liger_kernel.config import FLAGS, NAMES, UPSTREAM, LigerConfig, whole
 from liger_kernel.transformers.patch import Patch, apply, patch_of
 from liger_kernel.transformers.recipes import FAMILIES, RECIPES, Glu, LayerNorm, Recipe
 
@@ -91,6 +91,8 @@ def _patching(init: Callable[..., None], patch: ClassPatch, folder: str) -> Call
 
 def _keep_first(model: nn.Module, config: LigerConfig) -> Patch:
     if (there := patch_of(model)) is not None:
+        if there.config.label_smoothing != config.label_smoothing:
+            raise ValueError(f"the model is already patched with {there.config}, another loss")
         if there.config != config:
             logger.warning("the model is already patched with %s, which stays", there.config)
         return there
@@ -195,22 +197,22 @@ def _apply_liger_kernel_to_instance(model: nn.Module, **kwargs: Any) -> None:
     """What `transformers.TrainingArguments(use_liger_kernel=True)` calls, with liger_kernel_config.
 
     Options are LigerConfig's fields or those of the family's `apply_liger_kernel_to_*`, None for
-    False; others are logged and ignored. A model type without a recipe is logged and left alone;
-    the first patch of a model stays.
+    False; others are logged and ignored. A model type without a recipe is logged and left alone,
+    but raises ValueError where all fields are given, as `use_liger=True` does it, or label
+    smoothing would be lost. The first patch of a model stays.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     fn = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)  # pyright: ignore
-    if fn is None and not kwargs.get("generic"):
-        if kwargs.get("label_smoothing"):
-            raise ValueError(f"no recipe for model type {model_type!r} and its label_smoothing")
+    names = {*NAMES, *(inspect.signature(fn).parameters if fn else UPSTREAM)}
+    if dropped := [name for name in kwargs if name not in names]:
+        logger.warning("%s has no option %s; ignored", model_type, ", ".join(dropped))
+    flags = {*UPSTREAM, *FLAGS}  # of which frameworks leave some at None
+    options = {n: bool(v) if n in flags else v for n, v in kwargs.items() if n in names}
+    config = LigerConfig.of(options)
+    if fn is None and not (config.generic or config.label_smoothing or whole(kwargs)):
         known = ", ".join(MODEL_TYPE_TO_APPLY_LIGER_FN)
         logger.warning(
             "no recipe for model type %r, the model is not patched; known: %s", model_type, known
         )
         return
-    names = {*NAMES, *(inspect.signature(fn).parameters if fn else ())}
-    if dropped := [name for name in kwargs if name not in names]:
-        logger.warning("%s has no option %s; ignored", model_type, ", ".join(dropped))
-    flags = {*UPSTREAM, *FLAGS}  # of which frameworks leave some at None
-    options = {n: bool(v) if n in flags else v for n, v in kwargs.items() if n in names}
-    _keep_first(model, LigerConfig.of(options))
+    _keep_first(model, config)

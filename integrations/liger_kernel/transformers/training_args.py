@@ -2,13 +2,13 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
 
-from liger_kernel.config import LigerConfig
+from liger_kernel.config import LigerConfig, whole
 from liger_kernel.stock import ClassEdits
 
 DICT_FIELDS = "_VALID_DICT_FIELDS"  # what transformers' command line takes as JSON
@@ -16,17 +16,19 @@ DICT_FIELDS = "_VALID_DICT_FIELDS"  # what transformers' command line takes as J
 
 @dataclass
 class LigerArguments:
-    """A mixin: `use_liger` and `liger_config` for any dataclass of training arguments.
+    """A mixin: `use_liger` and `liger_config` for a dataclass made from TrainingArguments.
 
         @dataclass
         class MyArguments(LigerArguments, transformers.TrainingArguments): ...
 
     `use_liger` becomes transformers' `use_liger_kernel`, with the configuration checked at once:
-    `Trainer.train()` then patches the model it trains, and evaluation that asks for the loss alone
-    makes no logits.
+    `Trainer.train()` then patches the model it trains, and from then on evaluation that asks for
+    the loss alone makes no logits. What is evaluated before is not patched.
 
     Raises:
-        ValueError: options that are not known, that contradict, or without `use_liger`.
+        ValueError: options that are not known, that contradict, or without `use_liger`; in
+            `train()`, a model of a family without a recipe.
+        TypeError: a class that is not made from TrainingArguments, or with the mixin behind it.
     """
 
     use_liger: bool = field(
@@ -40,25 +42,40 @@ class LigerArguments:
         },
     )
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        setattr(cls, DICT_FIELDS, [*getattr(cls, DICT_FIELDS, ()), "liger_config"])
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stock = transformers.TrainingArguments
+        if stock in cls.__mro__ and cls.__mro__.index(stock) < cls.__mro__.index(LigerArguments):
+            raise TypeError(f"LigerArguments must come first among the bases of {cls.__name__}")
+        known = getattr(cls, DICT_FIELDS, [])
+        if "liger_config" not in known:
+            setattr(cls, DICT_FIELDS, [*known, "liger_config"])
 
     def __post_init__(self) -> None:
+        if not isinstance(self, transformers.TrainingArguments):
+            raise TypeError(f"{type(self).__name__} must be made from TrainingArguments too")
         super().__post_init__()  # pyright: ignore
         configure(self)
 
 
 def configure(args: Any) -> None:
-    """Set transformers' own flag from ours; again, it changes nothing."""
+    """Set transformers' own flag from ours; again, it changes nothing.
+
+    A whole `liger_kernel_config` is one that this has set, and comes back by `replace`.
+    """
+    derived = whole(args.liger_kernel_config)
     if not args.use_liger:
         if args.liger_config is not None:
             raise ValueError("liger_config is given but use_liger is not; pass use_liger=True")
+        if derived and args.use_liger_kernel:
+            raise ValueError("use_liger is off, but use_liger_kernel is on; turn both off")
         return
+    if isinstance(args.liger_config, LigerConfig):
+        args.liger_config = args.liger_config.to_dict()
+    if args.liger_kernel_config and args.liger_config is not None and not derived:
+        raise ValueError("give liger_config or liger_kernel_config, not both")
     given = args.liger_kernel_config if args.liger_config is None else args.liger_config
     config = LigerConfig.of(given)
-    if args.liger_kernel_config not in (None, given, config.to_dict()):  # equal in a replace()
-        raise ValueError("give liger_config or liger_kernel_config, not both")
     args.use_liger_kernel, args.liger_kernel_config = True, config.to_dict()
     if not args.label_smoothing_factor:
         return
@@ -85,50 +102,57 @@ class Seq2SeqTrainingArguments(LigerArguments, transformers.Seq2SeqTrainingArgum
 FIELDS: dict[str, Any] = LigerArguments.__dataclass_fields__  # pyright: ignore
 
 
-def _taking_ours(init: Callable[..., None]) -> Callable[..., None]:
+def _taking_fields(init: Callable[..., None], edits: ClassEdits) -> Callable[..., None]:
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in FIELDS.keys() & kwargs.keys():
+        for name in FIELDS.keys() & kwargs.keys() if edits.on else ():
             setattr(self, name, kwargs.pop(name))
         init(self, *args, **kwargs)
 
     return __init__
 
 
-def _configuring(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
+def _configuring(post_init: Callable[[Any], None], edits: ClassEdits) -> Callable[[Any], None]:
     @functools.wraps(post_init)
     def __post_init__(self: Any) -> None:
         post_init(self)
-        configure(self)
+        if edits.on:
+            configure(self)
 
     return __post_init__
 
 
-def _family(cls: type) -> Iterator[type]:
+def _family(cls: type) -> set[type]:
     """The class and all made from it, those left out that have the mixin."""
-    if not issubclass(cls, LigerArguments):
-        yield cls
-        for child in cls.__subclasses__():
-            yield from _family(child)
+    if issubclass(cls, LigerArguments):
+        return set()
+    return {cls}.union(*map(_family, cls.__subclasses__()))
 
 
 def install() -> Callable[[], None]:
     """Have transformers' TrainingArguments, and all made from it, take LigerArguments' fields.
 
     As keywords, on HfArgumentParser's command line, and in classes that are made from it later.
-    Returns what takes it back.
+    Returns what takes it back, but for those classes, which keep the fields that they have.
     """
-    stock, undo = transformers.TrainingArguments, ClassEdits()
+    stock, edits = transformers.TrainingArguments, ClassEdits()
     for cls in _family(stock):
         own = vars(cls)
         if "__dataclass_fields__" in own:
-            undo.put(cls, "__dataclass_fields__", own["__dataclass_fields__"] | FIELDS)
+            edits.put(cls, "__dataclass_fields__", own["__dataclass_fields__"] | FIELDS)
         if DICT_FIELDS in own:
-            undo.put(cls, DICT_FIELDS, [*own[DICT_FIELDS], "liger_config"])
+            edits.put(cls, DICT_FIELDS, [*own[DICT_FIELDS], "liger_config"])
         if "__init__" in own:
-            undo.put(cls, "__init__", _taking_ours(own["__init__"]))
-    undo.put(stock, "__annotations__", stock.__annotations__ | LigerArguments.__annotations__)
-    undo.put(stock, "__post_init__", _configuring(vars(stock)["__post_init__"]))
+            edits.put(cls, "__init__", _taking_fields(own["__init__"], edits))
+    edits.put(stock, "__annotations__", stock.__annotations__ | LigerArguments.__annotations__)
+    edits.put(stock, "__post_init__", _configuring(vars(stock)["__post_init__"], edits))
     for name, ours in FIELDS.items():
-        undo.put(stock, name, ours.default)
-    return undo.revert
+        edits.put(stock, name, ours.default)
+
+    def revert() -> None:
+        edits.revert()
+        for cls in _family(stock):
+            if FIELDS.keys() <= vars(cls).get("__dataclass_fields__", {}).keys():
+                cls.__post_init__ = _configuring(cls.__post_init__, ClassEdits())  # pyright: ignore
+
+    return revert
