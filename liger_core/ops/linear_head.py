@@ -281,12 +281,11 @@ def _add_product(out: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -
     """out + a @ b in `dtype`; out may be None for 0, and is written to."""
     if dtype == a.dtype:
         return a @ b if out is None else out.addmm_(a, b)
-    if a.is_cuda and dtype == torch.float32:  # bf16 or fp16 operands, fp32 sum, in one pass
-        if out is None:
-            return torch.mm(a, b, out_dtype=dtype)
-        if torch.compiler.is_compiling():  # which knows no `out` here, and writes in place itself
-            return torch.addmm(out, a, b, out_dtype=dtype)
-        return torch.addmm(out, a, b, out_dtype=dtype, out=out)
+    if a.is_cuda and dtype == torch.float32:  # bf16 or fp16 operands, fp32 sum
+        if out is None or torch.compiler.is_compiling():  # Dynamo knows no such addmm
+            part = torch.mm(a, b, out_dtype=dtype)
+            return part if out is None else out.add_(part)
+        return torch.addmm(out, a, b, out_dtype=dtype, out=out)  # in one pass
     return (a @ b).to(dtype) if out is None else out.add_(a @ b)
 
 

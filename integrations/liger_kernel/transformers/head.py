@@ -95,6 +95,8 @@ def leave_note(
     head, note = found
     note.clear()  # whatever a call that raised has left
     if y is None:
+        if model.training and torch.is_grad_enabled():
+            _without_labels(vars(model)["_liger_patch"].config, note)
         return args, kwargs
     note.labels, note.shifted = kwargs["shift_labels"] if shifted else labels, shifted
     note.y, note.wanted, note.fuse, note.ignore_index = y, wanted, fuse, ignore_index
@@ -129,6 +131,22 @@ def _fused(model: nn.Module) -> tuple[tuple[nn.Module, Note] | None, str]:
     return found, "lm_head was wrapped after it was patched, and cannot compute the loss itself"
 
 
+def _without_labels(config: LigerConfig, note: Note) -> None:
+    """A call in training whose loss is somebody else's: full logits will be made."""
+    if config.label_smoothing:
+        raise ValueError(
+            "liger_config's label_smoothing is for a model that is given its labels: this call has "
+            "none (compute_loss_func and label_smoothing_factor keep them)"
+        )
+    if not (note.unfused or torch.compiler.is_compiling()):
+        warnings.warn(
+            "lm_head makes full logits in training, because no labels reach the model "
+            "(compute_loss_func and label_smoothing_factor keep them); fused_head=False if so "
+            "intended",
+            stacklevel=3,
+        )
+
+
 def _labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     if "labels" in kwargs or not args:
         return kwargs.get("labels")
@@ -161,7 +179,6 @@ def forward(head: nn.Module, config: LigerConfig, x: Tensor, *args: Any, **kwarg
     whole = w is not None and w.shape[0] == linear(head).out_features
     if note is None or note.y is None or options is None or w is None or not whole:
         if note is not None and torch.is_grad_enabled():
-            _say_unfused(head, note, config)
             note.unfused = True
             gather(head)
         return type(head).forward(head, x, *args, **kwargs)
@@ -183,24 +200,6 @@ def forward(head: nn.Module, config: LigerConfig, x: Tensor, *args: Any, **kwarg
     if not torch.compiler.is_compiling():
         note.version = note.logits._version
     return note.logits
-
-
-def _say_unfused(head: nn.Module, note: Note, config: LigerConfig) -> None:
-    """Where full logits are made in training because no labels have come."""
-    if note.y is not None or not head.training:
-        return
-    if config.label_smoothing:
-        raise ValueError(
-            "liger_config's label_smoothing is for a model that is given its labels: this call has "
-            "none (compute_loss_func and label_smoothing_factor keep them)"
-        )
-    if not (note.unfused or torch.compiler.is_compiling()):
-        warnings.warn(
-            "lm_head makes full logits in training, because no labels reach the model "
-            "(compute_loss_func and label_smoothing_factor keep them); fused_head=False if so "
-            "intended",
-            stacklevel=2,
-        )
 
 
 def _loss(
