@@ -30,7 +30,7 @@ ADAPTERS := tests/integrations tests/test_cli.py tests/test_check.py
 FAMILIES := tests/integrations/test_families.py::test_
 SMOKE := $(FAMILIES)loss_and_gradients_are_the_models_own \
 	$(FAMILIES)evaluation_gives_the_models_own_logits_and_loss \
-	tests/integrations/test_trainer.py::test_the_flag_changes_no_number
+	tests/integrations/test_trainer.py::test_no_number_changes[plain-use_liger]
 SFT := tests/test_examples.py::test_sft_learns_the_same_with_liger
 TRL := trl==1.16.0 datasets==5.2.0 pyarrow==26.0.1 pandas==3.1.1 dill==0.4.1 multiprocess==0.70.19 \
 	xxhash==4.1.0 fsspec==2026.9.0 pytz==2026.6 six==1.17.0
