@@ -84,7 +84,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV) || { \
 		echo "$(PYTHON) cannot make a virtual environment;" \
 			"on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@$(PIP) install -c constraints.txt -e ".[dev,demo,peft]"
+	@$(PIP) install -c constraints.txt -e ".[dev,demo,peft,lightning]"
 	@touch $@
 
 # Built from source, without its own kernels, by the torch that is there.

@@ -1,4 +1,4 @@
-"""Run an example for test_examples.py to kill: each optimizer step is announced, and takes a while.
+"""Run an example for a test to kill: each optimizer step is announced, and takes a while.
 
 python examples_job.py [--stall ENDING] SCRIPT ARGS...
 """
@@ -7,6 +7,7 @@ import argparse
 import itertools
 import os
 import runpy
+import shutil
 import sys
 import time
 from typing import Any
@@ -28,6 +29,7 @@ def main() -> None:
     if args.stall:  # before anybody takes a reference
         torch.save = stall_half_way(torch.save, args.stall)
         safetensors.torch.save_file = stall_half_way(safetensors.torch.save_file, args.stall)
+        shutil.move = stall_half_way(shutil.move, args.stall)  # Lightning's last move of a save
     import liger_kernel  # only now: transformers comes with it
 
     liger_kernel.install("accelerate")  # as accelerate-liger does

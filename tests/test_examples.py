@@ -1,18 +1,15 @@
 """The examples as a user runs them, on a tiny model: their numbers, and what a kill leaves."""
 
-import importlib
 import inspect
 import json
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from kill_resume import HALF_WAY, Kill, differences, run_killed
@@ -21,56 +18,6 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 JOB = [sys.executable, str(Path(__file__).with_name("examples_job.py"))]
 ENV = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "HF_HUB_OFFLINE": "1"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny random llama with tied embeddings and a byte tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("given") / "model"
-    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"]
-    tokens = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokens.decoder = decoders.ByteLevel()
-    end = len(alphabet) - 1
-    PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<eos>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(alphabet),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def forgetful(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The same model with dropout, so that the state of the random numbers matters."""
-    folder = tmp_path_factory.mktemp("given") / "forgetful"
-    folder.mkdir()
-    for file in Path(model).iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
-    return str(folder)
-
-
-@pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
-    """Import an example as it is when run: its neighbours are importable."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield importlib.import_module
-    for name in ("hf_trainer", "accelerate_loop", "sft"):
-        sys.modules.pop(name, None)
 
 
 def _trainer(model: str, output: Path, *more: str) -> list[str]:
@@ -116,14 +63,14 @@ def test_loop_learns_the_same_with_liger(
     example: Any, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import liger_kernel
-    from liger_kernel.accelerate import plugin
+    from liger_kernel.transformers import within
 
     loop = example("accelerate_loop")
     more = ["--texts", "24", "--batch_size", "2", "--accumulation", "2"]
     plain = loop.main(_loop(model, tmp_path / "plain", *more))
     patches = []
-    apply = plugin.apply
-    monkeypatch.setattr(plugin, "apply", lambda *a: patches.append(apply(*a)) or patches[-1])
+    apply = within.apply
+    monkeypatch.setattr(within, "apply", lambda *a: patches.append(apply(*a)) or patches[-1])
     monkeypatch.setenv("ACCELERATE_USE_LIGER", "true")
     liger_kernel.install("accelerate")
     try:

@@ -199,12 +199,22 @@ class Meter:
             self._seconds, self._since = self._seconds + self._now() - self._since, None
 
     def close(self) -> dict[str, float]:
-        """Take the hook away. `peak_memory_mib`; `tokens_per_second` if any time has passed."""
+        """Take the hook away, and `read` for the last time."""
+        found = self.read()
         self.stop()
         self._hook.remove()
+        return found
+
+    def read(self) -> dict[str, float]:
+        """`peak_memory_mib`; `tokens_per_second` if any time has passed. Then it counts anew."""
+        going = self._since is not None
+        self.stop()
         found = {"peak_memory_mib": peak_mib(self.device)}
         if self._seconds and (tokens := int(self._tokens)):
             found["tokens_per_second"] = tokens / self._seconds
+        self.reset()
+        if going:
+            self.start()
         return found
 
 

@@ -5,16 +5,15 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
-from weakref import WeakSet
 
 import accelerate
 from torch import nn
 
 from liger_kernel.config import LigerConfig, flag, from_environment
 from liger_kernel.stock import ClassEdits
-from liger_kernel.transformers.patch import NoRecipe, Patch, apply, models_within, patch_of
+from liger_kernel.transformers.patch import Patch
+from liger_kernel.transformers.within import ModelsWithin
 
 VARIABLE = "ACCELERATE_USE_LIGER"
 
@@ -72,8 +71,7 @@ class AcceleratorPatch:
 
     def __init__(self, accelerator: accelerate.Accelerator, config: LigerConfig, on: bool) -> None:
         self.accelerator, self.config, self._on = accelerator, config, on
-        self._models = WeakSet[nn.Module]()  # it keeps none alive
-        self._found = False
+        self._models = ModelsWithin(config)
         self._undo: list[Callable[[], object]] = []
         if not on:
             return
@@ -88,7 +86,7 @@ class AcceleratorPatch:
     @property
     def patches(self) -> list[Patch]:
         """Of the models that are still there, without those that were patched before."""
-        return [patch for model in self._models if (patch := patch_of(model)) is not None]
+        return self._models.patches
 
     def patch(self, *modules: nn.Module) -> None:
         """Patch the transformers models within these modules; others are left.
@@ -99,18 +97,8 @@ class AcceleratorPatch:
         """
         if not self._on:
             return
-        why = list[str]()
-        for model in chain.from_iterable(map(models_within, modules)):
-            theirs = patch_of(model) is not None
-            try:
-                apply(model, self.config)
-            except NoRecipe as error:
-                why.append(str(error))
-                continue
-            self._found = True
-            if not theirs:
-                self._models.add(model)
-        if modules and not self._found:
+        why = [reason for module in modules for reason in self._models.apply(module)]
+        if modules and not self._models.found:
             names = ", ".join(type(m).__name__ for m in modules)
             raise ValueError(
                 f"liger has nothing to patch in {names}: "
@@ -123,9 +111,7 @@ class AcceleratorPatch:
         self._on = False
         while self._undo:
             self._undo.pop()()
-        for patch in self.patches:
-            patch.revert()
-        self._models.clear()
+        self._models.revert()
 
     def __enter__(self) -> "AcceleratorPatch":
         return self

@@ -3,7 +3,7 @@
 import operator
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -212,17 +212,6 @@ def _layers(patch: Patch, recipe: Recipe) -> None:
 def patch_of(model: nn.Module) -> Patch | None:
     """The patch that is on this model, or None."""
     return vars(_bare(model)).get("_liger_patch")
-
-
-def models_within(module: nn.Module) -> Iterator[nn.Module]:
-    """The transformers models in a module, itself or within it, none of which is in another."""
-    from transformers import PreTrainedModel
-
-    if isinstance(module, PreTrainedModel):
-        yield module
-    else:
-        for child in module.children():
-            yield from models_within(child)
 
 
 def _bare(model: Any) -> nn.Module:
