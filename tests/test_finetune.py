@@ -21,32 +21,11 @@ Run = tuple[list[str], Path, str]
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A tiny random llama with a byte tokenizer, and a text."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("given")
-    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"]
-    tokens = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokens.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<eos>")
-    tokenizer.save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(alphabet),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    text = folder / "text.txt"
+def given(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A tiny model, and a text."""
+    text = tmp_path_factory.mktemp("given") / "text.txt"
     text.write_text(Path(os.__file__).read_text(encoding="utf-8"), encoding="utf-8")
-    return {"model": str(folder / "model"), "data": str(text)}
+    return {"model": model, "data": str(text)}
 
 
 @pytest.fixture(scope="module")
