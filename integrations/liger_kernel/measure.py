@@ -147,11 +147,11 @@ def call_ms(fn: Callable[[], object], device: torch.device | str = "cpu") -> flo
 class Meter:
     """Tokens per second of this process's training, and its peak memory, while it goes on.
 
-    Tokens are positions of `input_ids` (or `inputs_embeds`), padding included, of calls in training
-    mode. They are counted on the device, which is waited for only where the clock starts and stops,
-    and under torch.compile too. Peak memory is, on CUDA, what the caching allocator has had out
-    since the meter was made (its process-wide peak is reset then), and else the most that was ever
-    resident of this process, as the operating system tells.
+    Tokens are positions of `input_ids` (or `inputs_embeds`), padding included, of calls with a
+    gradient. They are counted on the device, which is waited for only where the clock starts and
+    stops, and under torch.compile too. Peak memory is, on CUDA, what the caching allocator has had
+    out since the meter was made (its process-wide peak is reset then), and else the most that was
+    ever resident of this process, as the operating system tells.
 
     Args:
         model: the model itself, within what engines and torch.compile put around it.
@@ -167,15 +167,12 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def _count(self, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        if not model.training:
+        if not torch.is_grad_enabled():
             return
-        ids, embeds = (
-            kwargs.get("input_ids", args[0] if args else None),
-            kwargs.get("inputs_embeds"),
-        )
+        ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is not None:
             self._tokens.add_(ids.numel())
-        elif embeds is not None:
+        elif (embeds := kwargs.get("inputs_embeds")) is not None:
             self._tokens.add_(embeds.shape[:-1].numel())
 
     def _now(self) -> float:
@@ -200,10 +197,12 @@ class Meter:
 
     def close(self) -> dict[str, float]:
         """Take the hook away, and `read` for the last time."""
-        found = self.read()
-        self.stop()
+        self.remove()
+        return self.read()
+
+    def remove(self) -> None:
+        """Take the hook away; the device is not asked."""
         self._hook.remove()
-        return found
 
     def read(self) -> dict[str, float]:
         """`peak_memory_mib`; `tokens_per_second` if any time has passed. Then it counts anew."""

@@ -74,12 +74,13 @@ def run(strategy: str, **options: Any) -> tuple[Module, dict[str, Tensor]]:
     if options.pop("ours", False):
         cls = pl.strategies.StrategyRegistry[ours]["strategy"]
     options["strategy"] = cls(**more)
+    token_mean = [] if strategy == "deepspeed" else [TokenMean()]
     lm = Module(strategy == "model_parallel")
     trainer = pl.Trainer(
         accelerator="gpu" if CUDA else "cpu", devices=2, max_epochs=1, logger=False,
-        accumulate_grad_batches=1 if strategy == "deepspeed" else 2, enable_checkpointing=False,
+        accumulate_grad_batches=2, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
-        **options | dict(callbacks=[*options.get("callbacks", []), TokenMean()]),
+        **options | dict(callbacks=[*options.get("callbacks", []), *token_mean]),
     )  # fmt: skip
     end: dict[str, Tensor] = {}
 

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytorch_lightning
 import torch
 from lightning.fabric import Fabric
 from torch import nn
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from liger_kernel.check import allowed
 from liger_kernel.lightning import LigerCallback, LigerPlugin, LigerStrategy, TokenMean
 from liger_kernel.transformers import LigerRMSNorm, apply, patch_of
+from liger_kernel.transformers.within import models_within
 from tiny import Rows, V, build, state
 
 QUIET: dict[str, Any] = dict(
@@ -166,7 +169,7 @@ def test_inert_without_a_plugin() -> None:
     lm = module()
     trainer = fit(lm)
     assert set(lm.widths) == {V} and patch_of(lm.lm) is None
-    assert "convert_module" not in vars(trainer.precision_plugin)
+    assert "setup" not in vars(trainer.strategy)
 
 
 class Pair(pl.LightningModule):
@@ -235,7 +238,7 @@ def test_plugin_and_callback_together(tmp_path: Path) -> None:
     assert lm.widths == [0] * 4
     with open(Path(logger.log_dir) / "metrics.csv") as file:
         found = [row for row in csv.DictReader(file) if row["liger_tokens_per_second"]]
-    assert [int(row["step"]) for row in found] == [1, 2, 3, 4]
+    assert [int(row["step"]) for row in found] == [0, 1, 2, 3]
     assert all(float(row["liger_peak_memory_mib"]) > 10 for row in found)
     with pytest.raises(ValueError, match="already patched with"):
         fit(lm, plugins=[LigerPlugin(rope=False)], callbacks=[LigerCallback()])
@@ -329,3 +332,106 @@ def test_token_mean_says_what_it_cannot_do() -> None:
     lm.automatic_optimization = False
     with pytest.raises(ValueError, match="needs automatic_optimization"):
         fit(lm, callbacks=[TokenMean()])
+    lm = module()
+    lm.lm = build(AutoModelForSequenceClassification, num_labels=2)
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification has another loss"):
+        fit(lm, callbacks=[TokenMean()])
+    lm = module()
+    lm.lm = build(model_type="mixtral", output_router_logits=True, num_local_experts=2)
+    with pytest.raises(ValueError, match="a loss of its routers"):
+        fit(lm, callbacks=[TokenMean()])
+    lm = module()
+    lm.training_step = lambda batch: lm.lm(batch["input_ids"]).logits.square().mean()
+    with pytest.raises(ValueError, match="has seen no labels"):
+        fit(lm, callbacks=[TokenMean()])
+
+
+def mean_of(part: list[Any], model: Any) -> dict[str, torch.Tensor]:
+    """The gradient of the token mean over some batches."""
+    total = sum((b["labels"][:, 1:] != -100).sum() for b in part)
+    for b in part:
+        model(**b, num_items_in_batch=total, use_cache=False).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
+@pytest.mark.parametrize("out", [(), (1,)], ids=["all", "one left out"])
+def test_token_mean_of_windows_that_change_and_batches_left_out(out: tuple[int, ...]) -> None:
+    lm, model, found = module(), build(), list[Any]()
+    step, optimizer = lm.training_step, torch.optim.SGD(model.parameters(), lr=0.1)
+    lm.training_step = lambda batch, batch_idx: None if batch_idx in out else step(batch, 0)
+    lm.on_before_optimizer_step = lambda _: found.append(
+        {n.removeprefix("lm."): p.grad.clone() for n, p in lm.named_parameters()}
+    )
+    first = 1 if out else 0  # with a batch left out, windows of one would step with no gradient
+    windows = pl.callbacks.GradientAccumulationScheduler({0: 3} if out else {0: 1, 1: 3})
+    fit(
+        lm, max_steps=-1, max_epochs=2 - first, callbacks=[windows, TokenMean()],
+        limit_train_batches=3,
+    )  # fmt: skip
+    kept = [b for at, b in enumerate(list(rows())[:3]) if at not in out]
+    parts = [kept] if out else [*([b] for b in kept), kept]
+    assert len(found) == len(parts)
+    for ours, part in zip(found, parts, strict=True):
+        for name, g in mean_of(part, model).items():
+            assert (ours[name] - g).norm() <= 2e-5 * g.norm(), name
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_in_eval_mode_is_said(way: str) -> None:
+    lm = module()
+    lm.lm.eval()  # as from_pretrained leaves it
+    with pytest.warns(UserWarning, match="is to be trained and in eval mode"):
+        fit(lm, **WAYS[way]())
+
+
+def test_what_goes_to_other_processes_can() -> None:
+    registered = pl.strategies.StrategyRegistry.get("liger_single")
+    for thing in (LigerCallback(), LigerPlugin(), registered, LigerSingleDeviceStrategy()):
+        again, lm = pickle.loads(pickle.dumps(thing)), module()
+        kind = "strategy" if isinstance(again, LigerStrategy) else "callbacks"
+        fit(lm, **{"plugins" if isinstance(again, LigerPlugin) else kind: again})
+        assert lm.widths == [0, 0, 0] and patch_of(lm.lm) is None
+
+
+class Inside(pl.Callback):
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.patched = patch_of(pl_module.mine.inner) is not None
+
+
+def test_models_that_are_met_twice_or_within_others() -> None:
+    class Mine(PreTrainedModel):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__(PretrainedConfig())
+            self.inner = inner
+
+    lm = Pair(student=build())
+    lm.again = nn.ModuleList([lm.student])
+    assert list(models_within(lm)) == [lm.student]
+    lm = Pair(mine=Mine(build()))
+    fit(lm, max_steps=1, callbacks=[check := Inside(), LigerCallback()])
+    assert check.patched
+
+
+def test_a_search_for_the_learning_rate_leaves_no_trace(tmp_path: Path) -> None:
+    for options in (dict(callbacks=[LigerCallback()]), dict(plugins=[LigerPlugin()])):
+        lm = module()
+        before = state(lm.lm)
+        lm.on_before_optimizer_step = lambda _: 1 / 0
+        lm.lr = 0.1
+        trainer = pl.Trainer(**QUIET, max_epochs=1, default_root_dir=tmp_path, **options)  # pyright: ignore
+        with pytest.raises(ZeroDivisionError):
+            pl.tuner.Tuner(trainer).lr_find(lm, rows(), num_training=3)
+        assert state(lm.lm) == before and "setup" not in vars(trainer.strategy)
+
+
+def test_one_callback_for_two_runs(tmp_path: Path) -> None:
+    callbacks = [LigerCallback()]
+    fit(module(), callbacks=callbacks, plugins=[LigerPlugin()])
+    with pytest.raises(ValueError, match="nothing to patch"):
+        fit(Pair(other=nn.Linear(2, 2)), callbacks=callbacks)
+    logger = pl.loggers.CSVLogger(tmp_path)
+    trainer = fit(module(), callbacks=callbacks, logger=logger, log_every_n_steps=0)
+    assert "setup" not in vars(trainer.strategy)

@@ -1,12 +1,10 @@
 """LigerCallback: models are patched when the strategy is about to wrap them."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import nn
 
-from liger_kernel.lightning.models import Config, Models, trained_within
+from liger_kernel.lightning.models import Config, Models, set_up_with, trained_within
 from liger_kernel.lightning.namespaces import bases
 from liger_kernel.measure import Meter
 
@@ -20,9 +18,9 @@ class LigerCallback(*bases("callbacks", "Callback")):  # pyright: ignore
         Fabric(callbacks=[LigerCallback()])
 
     Wherever the models are made (`__init__`, `setup`, `configure_model`), the patch comes before
-    the strategy moves, wraps or shards them: every strategy asks its precision plugin to convert
-    the module then, of which this takes notice. It is gone when the run is over. Under Fabric it
-    comes right after `fabric.setup`, and stays.
+    the strategy moves or wraps them, and is gone when the strategy is done with the run. Under
+    Fabric it comes right after `fabric.setup`, and stays; `fabric.setup_module` has no place for
+    it: there, `liger_kernel.transformers.apply` the model.
 
     Loggers get `liger_tokens_per_second`, of this process since they were last given it, and
     `liger_peak_memory_mib`, see `liger_kernel.measure.Meter`, every `log_every_n_steps`.
@@ -39,32 +37,24 @@ class LigerCallback(*bases("callbacks", "Callback")):  # pyright: ignore
     def __init__(self, config: Config = None, *, frozen: bool = True) -> None:
         self.models = Models(config, frozen)
         self.meter: Meter | None = None
-        self._undo: list[Callable[[], object]] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Before `configure_model`, and before the strategy's own set-up."""
-        self._let_go()
-        precision = trainer.strategy.precision_plugin
-        own = vars(precision)
-        before = own.get("convert_module")
-        own["convert_module"] = partial(_converting, self.models, precision.convert_module)
-        self._undo.append(partial(_restore, own, before))
+        self._stop()
+        set_up_with(trainer.strategy, self.models)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Take everything back."""
-        self._let_go()
+        """Count no more; what was patched is the strategy's teardown's to take back."""
+        self._stop()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Take everything back here too; the error goes on."""
-        self._let_go()
+        """Count no more; the error goes on."""
+        self._stop()
 
-    def _let_go(self) -> None:
+    def _stop(self) -> None:
         if self.meter is not None:
-            self.meter.close()
+            self.meter.remove()
             self.meter = None
-        while self._undo:
-            self._undo.pop()()
-        self.models.revert()
 
     def on_after_setup(self, fabric: Any, module: nn.Module) -> None:
         """Fabric's."""
@@ -72,11 +62,16 @@ class LigerCallback(*bases("callbacks", "Callback")):  # pyright: ignore
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to count, the tokens of the model that trains."""
+        ours = [c for c in trainer.callbacks if isinstance(c, LigerCallback) and c.acts(trainer)]
         trained = trained_within(pl_module)
-        if trained and trainer.loggers:
+        if ours[0] is self and trained and trainer.loggers and trainer.log_every_n_steps:
             self.meter = Meter(trained[0], pl_module.device)
             self.meter.start()
             self._step = trainer.global_step
+
+    def acts(self, trainer: Any) -> bool:
+        """Whether this callback patches this Trainer's models."""
+        return self.models in vars(trainer.strategy).get("_liger", [])
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -88,7 +83,7 @@ class LigerCallback(*bases("callbacks", "Callback")):  # pyright: ignore
         self._step = step
         found = {PREFIX + name: value for name, value in self.meter.read().items()}
         for logger in trainer.loggers:
-            logger.log_metrics(found, step=step)
+            logger.log_metrics(found, step=step - 1)  # as Lightning counts its own
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Validation is no training."""
@@ -99,16 +94,3 @@ class LigerCallback(*bases("callbacks", "Callback")):  # pyright: ignore
         """Training goes on."""
         if self.meter is not None:
             self.meter.start()
-
-
-def _converting(models: Models, original: Callable[..., nn.Module], module: nn.Module) -> nn.Module:
-    """Replaces a precision plugin's `convert_module`."""
-    models.patch(module)
-    return original(module)
-
-
-def _restore(own: dict[str, Any], before: object) -> None:
-    if before is None:
-        own.pop("convert_module", None)
-    else:
-        own["convert_module"] = before

@@ -1,12 +1,14 @@
 """What is patched in a LightningModule, or in what Fabric is given."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from liger_kernel.config import LigerConfig, disabled
-from liger_kernel.transformers.within import ModelsWithin, models_within
+from liger_kernel.transformers.within import ModelsWithin, models_within, trains
 
 Config = LigerConfig | Mapping[str, Any] | str | None
 
@@ -23,7 +25,7 @@ class Models(ModelsWithin):
         super().__init__(LigerConfig.of(config))
         self.frozen = frozen
 
-    def patch(self, module: nn.Module) -> None:
+    def patch(self, module: nn.Module, fitting: bool = False) -> None:
         """Patch every transformers model within a module.
 
         Raises:
@@ -37,8 +39,44 @@ class Models(ModelsWithin):
                 f"liger has nothing to patch in {type(module).__name__}: "
                 f"{'; '.join(why) or 'there is no transformers model'}"
             )
+        for model in trained_within(module) if fitting else []:
+            if not model.training:
+                warnings.warn(
+                    f"{type(model).__name__} is to be trained and in eval mode, as from_pretrained "
+                    f"leaves it and Lightning does too: its dropout is off, and its head makes "
+                    f"full logits; call train() on it",
+                    stacklevel=2,
+                )
 
 
 def trained_within(module: nn.Module) -> list[nn.Module]:
     """The transformers models in a module that have something to train."""
-    return [m for m in models_within(module) if any(p.requires_grad for p in m.parameters())]
+    return [model for model in models_within(module) if trains(model)]
+
+
+def set_up_with(strategy: Any, models: Models) -> None:
+    """Have a strategy patch before it does anything else, and take that back with its teardown."""
+    own = vars(strategy)
+    if "_liger" in own:
+        if models not in own["_liger"]:
+            own["_liger"].append(models)
+        return
+    own["_liger"] = [models]
+    own["setup"] = partial(_setup, strategy, strategy.setup)
+    own["teardown"] = partial(_teardown, strategy, strategy.teardown)
+
+
+def _setup(strategy: Any, original: Callable[[Any], None], trainer: Any) -> None:
+    for models in vars(strategy)["_liger"]:
+        models.patch(strategy.model, trainer.state.fn == "fit")
+    original(trainer)
+
+
+def _teardown(strategy: Any, original: Callable[[], None]) -> None:
+    own = vars(strategy)
+    try:
+        original()
+    finally:
+        for models in own.pop("_liger"):
+            models.revert()
+        del own["setup"], own["teardown"]

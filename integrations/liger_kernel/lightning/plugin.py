@@ -1,6 +1,7 @@
 """LigerPlugin: what `Trainer(plugins=[...])` takes, and a callback that it brings along."""
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -45,8 +46,11 @@ class LigerPlugin(*bases("plugins.layer_sync", "TorchSyncBatchNorm")):  # pyrigh
             raise ValueError("give config or options of their own, not both")
         self.config, self.frozen = LigerConfig.of(options if config is None else config), frozen
         self.sync_batchnorm = sync_batchnorm
-        for pl in installed():
-            _bring_along(pl.__name__)
+        if WITHOUT:
+            raise RuntimeError(
+                f"{WITHOUT[0]} has no {LOAD} any more, by which LigerPlugin reached Trainer; take "
+                f"callbacks=[LigerCallback()] or strategy='liger_ddp' instead"
+            )
 
     def apply(self, model: nn.Module) -> nn.Module:
         """DDP and FSDP call this; what it does is said by `sync_batchnorm`."""
@@ -65,7 +69,7 @@ class LigerPlugin(*bases("plugins.layer_sync", "TorchSyncBatchNorm")):  # pyrigh
 
 
 class _OfPlugin(LigerCallback):
-    """In every Trainer that is made after a LigerPlugin; it does nothing in those without one."""
+    """In every Trainer; it does nothing in those without a LigerPlugin."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         plugin = trainer._accelerator_connector._layer_sync
@@ -75,25 +79,28 @@ class _OfPlugin(LigerCallback):
             super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        others = [c for c in trainer.callbacks if isinstance(c, LigerCallback) and c is not self]
-        if self._undo and not others:
+        if self.acts(trainer):
             super().on_train_start(trainer, pl_module)
 
 
-def _bring_along(name: str) -> None:
-    """Have this namespace's Trainers look for a LigerPlugin."""
+class _WithOurs:
+    """In place of what loads the callbacks of entry points: those, and one of ours."""
+
+    def __init__(self, load: Callable[[str], list[Any]]) -> None:
+        self.load = load
+
+    def __call__(self, group: str) -> list[Any]:
+        return [*self.load(group), _OfPlugin()]
+
+
+def _bring_along(name: str) -> bool:
+    """Have this namespace's Trainers look for a LigerPlugin; False where that cannot be."""
     module = importlib.import_module(f"{name}.trainer.connectors.callback_connector")
     load = getattr(module, LOAD, None)
-    if load is None:
-        raise RuntimeError(
-            f"{name} has no {LOAD} any more, by which LigerPlugin reached Trainer; take "
-            f"callbacks=[LigerCallback()] or strategy='liger_ddp' instead"
-        )
-    if getattr(load, "liger", False):
-        return
+    if load is not None and not isinstance(load, _WithOurs):
+        setattr(module, LOAD, _WithOurs(load))
+    return load is not None
 
-    def with_ours(group: str) -> list[Any]:
-        return [*load(group), _OfPlugin()]
 
-    with_ours.liger = True  # pyright: ignore
-    setattr(module, LOAD, with_ours)
+# Now, and not when a plugin is made: those that come by pickle are not.
+WITHOUT = [pl.__name__ for pl in installed() if not _bring_along(pl.__name__)]

@@ -4,7 +4,7 @@ import importlib
 from typing import Any
 
 from liger_kernel.lightning.models import Config, Models
-from liger_kernel.lightning.namespaces import installed
+from liger_kernel.lightning.namespaces import NAMES, installed
 
 CLASSES = {  # Lightning's class, what it is given
     "liger_single": ("SingleDeviceStrategy", {}),
@@ -40,13 +40,15 @@ class LigerStrategy:
 
     def setup(self, trainer: Any) -> None:
         """Patch, then what the strategy does."""
-        self.liger.patch(self.model)  # pyright: ignore
+        self.liger.patch(self.model, trainer.state.fn == "fit")  # pyright: ignore
         super().setup(trainer)  # pyright: ignore
 
     def teardown(self) -> None:
         """What the strategy does, then take the patch back."""
-        super().teardown()  # pyright: ignore
-        self.liger.revert()
+        try:
+            super().teardown()  # pyright: ignore
+        finally:
+            self.liger.revert()
 
 
 class _Auto(LigerStrategy):
@@ -69,19 +71,22 @@ class _Auto(LigerStrategy):
 
 
 def register() -> None:
-    """Make the names known to each namespace's Trainer."""
+    """Make the names known to each namespace's Trainer, and the classes to this module."""
     for pl in installed():
         strategies = importlib.import_module(f"{pl.__name__}.strategies")
+        prefix = "Liger" if pl.__name__ == NAMES[0] else "LigerPL"
         made: dict[str, Any] = {}
         for name, (base, options) in CLASSES.items():
-            title = "Liger" + base
-            made[name] = type(
-                title, (LigerStrategy, getattr(strategies, base)), {"__module__": __name__}
-            )
+            made[name] = _made(prefix + base, LigerStrategy, getattr(strategies, base))
             _add(strategies.StrategyRegistry, name, made[name], options)
-        parts = (_Auto, strategies.DDPStrategy)
-        auto = type("LigerAutoStrategy", parts, {"single": made["liger_single"]})
+        auto = _made(prefix + "AutoStrategy", _Auto, strategies.DDPStrategy)
+        auto.single = made["liger_single"]
         _add(strategies.StrategyRegistry, "liger_auto", auto, {})
+
+
+def _made(name: str, *parents: type) -> Any:
+    cls = globals()[name] = type(name, parents, {"__module__": __name__})  # found by pickle, too
+    return cls
 
 
 def _add(registry: Any, name: str, cls: type, options: dict[str, Any]) -> None:

@@ -54,7 +54,7 @@ class LigerCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._apply(args, state, kwargs["model"])
         if self.meter is not None:
-            self.meter.close()  # of a run that broke off
+            self.meter.remove()  # of a run that broke off
         self.meter = Meter(kwargs["model"], args.device)
         self.first = True
 

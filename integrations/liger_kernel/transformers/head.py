@@ -79,7 +79,7 @@ def leave_note(
     token_scaling, accum = kwargs.pop("use_token_scaling", False), kwargs.pop("accum_dtype", None)
     wanted = tuple(name for flag, name in STATS.items() if kwargs.pop(flag, False))
     ignore_index = kwargs.get("ignore_index", IGNORE_INDEX)
-    y, labels = kwargs.get("shift_labels"), _labels(model, args, kwargs)
+    y, labels = kwargs.get("shift_labels"), labels_given(model, args, kwargs)
     shifted = y is not None
     if y is None and labels is not None:
         y = _shift(labels, ignore_index)
@@ -147,7 +147,8 @@ def _without_labels(config: LigerConfig, note: Note) -> None:
         )
 
 
-def _labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def labels_given(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The labels of a call of the model, by keyword or position."""
     if "labels" in kwargs or not args:
         return kwargs.get("labels")
     names = list(inspect.signature(type(model).forward).parameters)[1:]
