@@ -1,8 +1,8 @@
 """`python -m liger_kernel.accelerate.run [-m] SCRIPT ARGS...`: a script under the toggle.
 
 `accelerate-liger launch` starts it; the script's Accelerators read ACCELERATE_USE_LIGER. Else it is
-as with `python SCRIPT ARGS...`, but that `sys.argv[0]` is absolute, and that torch and accelerate
-are imported already.
+as with `python SCRIPT ARGS...`, but that `sys.argv[0]` is absolute, and that torch is imported
+already. Processes that the script starts itself are not patched.
 """
 
 import importlib.util
