@@ -63,6 +63,10 @@ def test_env_finds_bad_variables(capsys: Any, monkeypatch: Any) -> None:
     status, out = main(["env"]), capsys.readouterr().out
     assert status == 1
     assert "WARNING: LIGER_ROPES is not an option" in out and "impl must be one of" in out
+    monkeypatch.delenv("LIGER_IMPL")
+    monkeypatch.setenv("ACCELERATE_USE_LIGER", "perhaps")
+    assert main(["env"]) == 1
+    assert "WARNING: ACCELERATE_USE_LIGER must be one of" in capsys.readouterr().out
 
 
 def distribution(at: Path, name: str, version: str, record: str) -> None:

@@ -15,6 +15,7 @@ UPSTREAM = {  # names that frameworks and users of Liger-Kernel write
     "fused_linear_cross_entropy": "fused_head",
 }
 NUMBERS = {"memory_budget": (int, "a number of bytes"), "label_smoothing": (float, "a number")}
+USE_LIGER = "ACCELERATE_USE_LIGER"  # of the adapter for Accelerate
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 AccumDtype = Literal["float32", "bfloat16"]
 

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlparse
 import torch
 
 from liger_core.dispatch import HAS_TRITON
-from liger_kernel.config import NAMES, LigerConfig, disabled
+from liger_kernel.config import NAMES, USE_LIGER, LigerConfig, disabled, flag
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "trl", "lightning")
 NAME = "liger-kernel"
@@ -21,7 +21,8 @@ NAME = "liger-kernel"
 def environment() -> dict[str, Any]:
     """Facts by name, plain values for JSON; `warnings` is what is wrong with the installation."""
     path, owners, warnings = installation()
-    variables = {k: v for k, v in sorted(os.environ.items()) if k.startswith("LIGER_")}
+    names = [k for k in sorted(os.environ) if k.startswith("LIGER_") or k == USE_LIGER]
+    variables = {name: os.environ[name] for name in names}
     return {
         "python": f"{platform.python_version()}, {sys.executable}, {platform.platform()}",
         **{name: version(name) or "not installed" for name in PACKAGES},
@@ -69,11 +70,12 @@ def ops() -> str:
 
 def faults(variables: dict[str, str]) -> list[str]:
     """What is wrong with the LIGER_* variables."""
-    known = {"LIGER_DISABLE", *(f"LIGER_{name.upper()}" for name in NAMES)}
+    known = {USE_LIGER, "LIGER_DISABLE", *(f"LIGER_{name.upper()}" for name in NAMES)}
     found = [f"{name} is not an option" for name in variables if name not in known]
     try:
         LigerConfig.of()
         disabled()
+        flag(USE_LIGER, variables.get(USE_LIGER) or "0")
     except ValueError as error:
         found.append(str(error))
     return found

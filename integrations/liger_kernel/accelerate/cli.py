@@ -24,8 +24,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.commands.utils import CustomArgumentParser
 from accelerate.utils import DistributedType, clear_environment, patch_environment
 
-from liger_kernel.accelerate.plugin import VARIABLE
-from liger_kernel.config import FLAGS, LigerConfig, flag, named
+from liger_kernel.config import FLAGS, USE_LIGER, LigerConfig, flag, named
 
 RUN = "liger_kernel.accelerate.run"
 ON = tuple(name for name in FLAGS if getattr(LigerConfig(), name))  # by default
@@ -176,8 +175,8 @@ def _variables(file: str, toggle: dict[str, Any]) -> dict[str, str] | None:
 
     None where it is off: a script that asks for it itself finds the environment as it was.
     """
-    wanted = os.environ.get(VARIABLE)  # empty is unset
-    use = flag(VARIABLE, wanted) if wanted else toggle.get("use_liger") or False
+    wanted = os.environ.get(USE_LIGER)  # empty is unset
+    use = flag(USE_LIGER, wanted) if wanted else toggle.get("use_liger") or False
     if not isinstance(use, bool):
         raise UsageError(f"{file}: use_liger must be true or false, got {use!r}")
     if not use:
@@ -192,7 +191,7 @@ def _variables(file: str, toggle: dict[str, Any]) -> dict[str, str] | None:
         if value is not None and not os.environ.get(name := f"LIGER_{field.upper()}")
     }
     LigerConfig.of()  # what the environment itself says, before all processes fail on it
-    return {VARIABLE: "true"} | found
+    return {USE_LIGER: "true"} | found
 
 
 if __name__ == "__main__":

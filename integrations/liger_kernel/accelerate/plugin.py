@@ -10,12 +10,10 @@ from typing import Any
 import accelerate
 from torch import nn
 
-from liger_kernel.config import LigerConfig, flag, from_environment
+from liger_kernel.config import USE_LIGER, LigerConfig, flag, from_environment
 from liger_kernel.stock import ClassEdits
 from liger_kernel.transformers.patch import Patch
 from liger_kernel.transformers.within import ModelsWithin
-
-VARIABLE = "ACCELERATE_USE_LIGER"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +33,8 @@ class LigerPlugin(LigerConfig):
     use_liger: bool = True
 
     def __post_init__(self) -> None:
-        wanted = os.environ.get(VARIABLE)  # empty is unset
-        given = from_environment() | ({"use_liger": flag(VARIABLE, wanted)} if wanted else {})
+        wanted = os.environ.get(USE_LIGER)  # empty is unset
+        given = from_environment() | ({"use_liger": flag(USE_LIGER, wanted)} if wanted else {})
         for name, value in given.items():
             object.__setattr__(self, name, value)
         super().__post_init__()
@@ -103,7 +101,7 @@ class AcceleratorPatch:
             raise ValueError(
                 f"liger has nothing to patch in {names}: "
                 f"{'; '.join(why) or 'there is no transformers model'}. Turn it off with "
-                f"{VARIABLE}=false, or leave the LigerPlugin out"
+                f"{USE_LIGER}=false, or leave the LigerPlugin out"
             )
 
     def revert(self) -> None:
@@ -140,7 +138,7 @@ def _preparing(
 
 
 def _turn_on(accelerator: accelerate.Accelerator, plugin: LigerPlugin | None) -> None:
-    if plugin is None and flag(VARIABLE, os.environ.get(VARIABLE) or "false"):
+    if plugin is None and flag(USE_LIGER, os.environ.get(USE_LIGER) or "false"):
         plugin = LigerPlugin()
     if plugin is None:
         return
