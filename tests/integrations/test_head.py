@@ -59,6 +59,7 @@ def test_positional_labels() -> None:
     torch.testing.assert_close(out.loss, want[0].loss)
 
 
+@pytest.mark.filterwarnings("ignore:lm_head makes full logits, with a gradient:UserWarning")
 def test_who_gets_logits() -> None:
     model = build().eval()
     ids, labels = batch()

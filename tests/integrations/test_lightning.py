@@ -383,7 +383,7 @@ def test_token_mean_of_windows_that_change_and_batches_left_out(out: tuple[int, 
 def test_a_model_in_eval_mode_is_said(way: str) -> None:
     lm = module()
     lm.lm.eval()  # as from_pretrained leaves it
-    with pytest.warns(UserWarning, match="is to be trained and in eval mode"):
+    with pytest.warns(UserWarning, match="the model is in eval mode, as from_pretrained"):
         fit(lm, **WAYS[way]())
 
 

@@ -80,6 +80,7 @@ def test_a_gradient_scaler(dtype: torch.dtype) -> None:
     assert_errs_no_more(run(True), run(False), run(False, cast=False), dtype)
 
 
+@pytest.mark.filterwarnings("ignore:lm_head makes full logits, with a gradient:UserWarning")
 @pytest.mark.parametrize("training", [True, False])
 def test_accuracy_and_predictions(training: bool) -> None:
     model = build().train(training)

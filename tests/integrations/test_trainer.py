@@ -184,7 +184,7 @@ def test_the_callback_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("kwargs", [dict(use_liger=True), dict(use_liger_kernel=True)], ids=str)
 def test_logits_in_training_are_not_silent(tmp_path: Path, kwargs: dict[str, bool]) -> None:
-    with pytest.warns(UserWarning, match="lm_head makes full logits in training") as said:
+    with pytest.warns(UserWarning, match="lm_head makes full logits, with a gradient") as said:
         train(tmp_path, parts=dict(compute_loss_func=squared), **kwargs)
     assert len(said) == 1
     smoothed = dict(use_liger=True, liger_config={"label_smoothing": 0.1})

@@ -1,6 +1,5 @@
 """What is patched in a LightningModule, or in what Fabric is given."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -25,7 +24,7 @@ class Models(ModelsWithin):
         super().__init__(LigerConfig.of(config))
         self.frozen = frozen
 
-    def patch(self, module: nn.Module, fitting: bool = False) -> None:
+    def patch(self, module: nn.Module) -> None:
         """Patch every transformers model within a module.
 
         Raises:
@@ -39,14 +38,6 @@ class Models(ModelsWithin):
                 f"liger has nothing to patch in {type(module).__name__}: "
                 f"{'; '.join(why) or 'there is no transformers model'}"
             )
-        for model in trained_within(module) if fitting else []:
-            if not model.training:
-                warnings.warn(
-                    f"{type(model).__name__} is to be trained and in eval mode, as from_pretrained "
-                    f"leaves it and Lightning does too: its dropout is off, and its head makes "
-                    f"full logits; call train() on it",
-                    stacklevel=2,
-                )
 
 
 def trained_within(module: nn.Module) -> list[nn.Module]:
@@ -68,7 +59,7 @@ def set_up_with(strategy: Any, models: Models) -> None:
 
 def _setup(strategy: Any, original: Callable[[Any], None], trainer: Any) -> None:
     for models in vars(strategy)["_liger"]:
-        models.patch(strategy.model, trainer.state.fn == "fit")
+        models.patch(strategy.model)
     original(trainer)
 
 

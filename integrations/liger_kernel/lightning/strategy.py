@@ -40,7 +40,7 @@ class LigerStrategy:
 
     def setup(self, trainer: Any) -> None:
         """Patch, then what the strategy does."""
-        self.liger.patch(self.model, trainer.state.fn == "fit")  # pyright: ignore
+        self.liger.patch(self.model)  # pyright: ignore
         super().setup(trainer)  # pyright: ignore
 
     def teardown(self) -> None:

@@ -111,6 +111,8 @@ def leave_note(
             note.scan = LabelScan(y, linear(head).out_features, ignore_index)
     elif token_scaling:
         raise ValueError("use_token_scaling needs the fused head: train, or pass skip_logits=True")
+    elif skip_logits is None and torch.is_grad_enabled():
+        _say_unfused(note, "the model is in eval mode, as from_pretrained leaves it; call train()")
     return args, kwargs
 
 
@@ -138,13 +140,16 @@ def _without_labels(config: LigerConfig, note: Note) -> None:
             "liger_config's label_smoothing is for a model that is given its labels: this call has "
             "none (compute_loss_func and label_smoothing_factor keep them)"
         )
+    _say_unfused(
+        note,
+        "no labels reach the model (compute_loss_func and label_smoothing_factor keep them); "
+        "fused_head=False if so intended",
+    )
+
+
+def _say_unfused(note: Note, why: str) -> None:
     if not (note.unfused or torch.compiler.is_compiling()):
-        warnings.warn(
-            "lm_head makes full logits in training, because no labels reach the model "
-            "(compute_loss_func and label_smoothing_factor keep them); fused_head=False if so "
-            "intended",
-            stacklevel=3,
-        )
+        warnings.warn(f"lm_head makes full logits, with a gradient: {why}", stacklevel=4)
 
 
 def labels_given(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
