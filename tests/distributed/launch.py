@@ -63,6 +63,15 @@ def launch(script: Path, *args: str, world: int = 2, timeout: float = 900) -> li
     return [(job.returncode, text) for job, text in zip(jobs, said, strict=True)]
 
 
+def by_way(script: Path, case: str, folder: Path) -> tuple[dict[str, Any], str]:
+    """The JSON lines that two processes of a job write for a case, by `way`; what they said."""
+    output = folder / "lines"
+    said = launch(script, case, str(output), timeout=300)
+    text = output.read_text() if output.exists() else ""
+    found = {line["way"]: line for line in map(json.loads, text.splitlines())}
+    return found, "\n".join(words[-3000:] for _, words in said)
+
+
 def results(runs: list[dict[str, Any]], folder: Path, world: int = 2, timeout: float = 900) -> Any:
     """What `job.py` found for each run, by its name, and what the processes said."""
     todo, done = folder / "runs.json", folder / "results.jsonl"

@@ -1,13 +1,12 @@
 """Every way of turning the patch on under HF Trainer and Accelerate, by the plain run's numbers."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from adapters_job import ENGINES, WAYS
-from launch import launch, too_few
+from launch import by_way, too_few
 
 ON_CPU = ("ddp", "fsdp2", "zero3")  # FSDP1 ends in a segmentation fault there
 
@@ -18,11 +17,8 @@ def test_a_run_is_the_plain_one(engine: str, tmp_path: Path) -> None:
         pytest.skip("needs 2 GPUs")
     if engine == "zero3":
         pytest.importorskip("deepspeed")
-    output = tmp_path / "lines"
-    said = launch(Path(__file__).with_name("adapters_job.py"), engine, str(output), timeout=300)
-    text = output.read_text() if output.exists() else ""
-    found = {line["way"]: line for line in map(json.loads, text.splitlines())}
-    assert found.keys() == WAYS.keys(), "\n".join(text[-3000:] for _, text in said)
+    found, said = by_way(Path(__file__).with_name("adapters_job.py"), engine, tmp_path)
+    assert found.keys() == WAYS.keys(), said
     for way, line in found.items():
         assert line["fused"] == ("," in way), way
         assert line["losses"] == pytest.approx(line["plain"], rel=1e-5), way

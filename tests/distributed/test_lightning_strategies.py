@@ -1,13 +1,12 @@
 """Every way of turning the patch on under Lightning's strategies, by the plain run's numbers."""
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from launch import launch, too_few
+from launch import by_way, too_few
 from lightning_job import STRATEGIES, WAYS
 
 ON_CPU = ("ddp", "model_parallel")
@@ -17,11 +16,8 @@ ON_CPU = ("ddp", "model_parallel")
 def test_a_run_is_the_plain_one(strategy: str, tmp_path: Path) -> None:
     if too_few(2) or not (torch.cuda.is_available() or strategy in ON_CPU):
         pytest.skip("needs 2 GPUs")
-    output = tmp_path / "lines"
-    said = launch(Path(__file__).with_name("lightning_job.py"), strategy, str(output), timeout=300)
-    text = output.read_text() if output.exists() else ""
-    found = {line["way"]: line for line in map(json.loads, text.splitlines())}
-    assert found.keys() == WAYS.keys(), "\n".join(text[-3000:] for _, text in said)
+    found, said = by_way(Path(__file__).with_name("lightning_job.py"), strategy, tmp_path)
+    assert found.keys() == WAYS.keys(), said
     for way, line in found.items():
         assert len(line["losses"]) == 6 and line["widths"] == [97 if way == "plain" else 0], way
         assert line["losses"] == pytest.approx(line["plain"], rel=1e-5), way

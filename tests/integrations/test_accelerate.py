@@ -152,6 +152,8 @@ def test_nothing_to_patch_is_an_error() -> None:
     accelerator.prepare(model, gpt2(), nn.Linear(2, 2))  # a discriminator beside it
     assert patch_of(model) is not None
     accelerator.prepare(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="use_liger must be true or false, got 'no'"):
+        LigerPlugin(use_liger="no")  # pyright: ignore
     with pytest.raises(ValueError, match="liger_plugin must be a LigerPlugin, got True"):
         LigerAccelerator(liger_plugin=True)  # pyright: ignore
 

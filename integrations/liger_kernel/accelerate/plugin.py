@@ -37,6 +37,8 @@ class LigerPlugin(LigerConfig):
         given = from_environment() | ({"use_liger": flag(USE_LIGER, wanted)} if wanted else {})
         for name, value in given.items():
             object.__setattr__(self, name, value)
+        if not isinstance(self.use_liger, bool):
+            raise ValueError(f"use_liger must be true or false, got {self.use_liger!r}")
         super().__post_init__()
 
     @property
