@@ -25,23 +25,19 @@ test: lint $(VENV)/.deepspeed ## lint, type checks, the tests that need no GPU, 
 
 # Other versions lie in folders of their own, in front of the environment's. The first is tested
 # as the environment's own is; the oldest, and what frameworks pin, by the families' numbers and a
-# training run; kernels, without what it needs to fetch and sign, and TRL by the tests that meet them.
+# training run; kernels, without what it needs to fetch and sign, by the test that meets them.
 ADAPTERS := tests/integrations tests/test_cli.py tests/test_check.py
 FAMILIES := tests/integrations/test_families.py::test_
 SMOKE := $(FAMILIES)loss_and_gradients_are_the_models_own \
 	$(FAMILIES)evaluation_gives_the_models_own_logits_and_loss \
 	tests/integrations/test_trainer.py::test_no_number_changes[plain-use_liger]
-SFT := tests/test_examples.py::test_sft_learns_the_same_with_liger
-TRL := trl==1.16.0 datasets==5.2.0 pyarrow==26.0.1 pandas==3.1.1 dill==0.4.1 multiprocess==0.70.19 \
-	xxhash==4.1.0 fsspec==2026.9.0 pytz==2026.6 six==1.17.0
 KERNELS := tests/integrations/test_loop.py::test_use_kernels_meets_a_patch
-test-versions: $(VENV)/.ready ## the adapters' tests with other versions of transformers, with kernels, with TRL
+test-versions: $(VENV)/.ready ## the adapters' tests with other versions of transformers, with kernels
 	$(call with,transformers==5.23.0,$(ADAPTERS))
 	$(call with,transformers==5.6.0 tokenizers==0.22.2,$(SMOKE))
 	$(call with,transformers==5.16.0,$(SMOKE))
 	$(call with,transformers==5.20.1,$(SMOKE))
 	$(call with,kernels==0.16.2 kernels-data==0.16.2,$(KERNELS))
-	$(call with,$(TRL),$(SFT))
 with = @folder="$(VENV)/with/$(subst $(space),_,$(1))"; [ -d "$$folder" ] || \
 	$(PIP) install --no-deps --target "$$folder" $(1); echo "With $(1):"; \
 	PYTHONPATH="$$folder" $(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not slow" $(2)
@@ -84,7 +80,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV) || { \
 		echo "$(PYTHON) cannot make a virtual environment;" \
 			"on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@$(PIP) install -c constraints.txt -e ".[dev,demo,peft,lightning]"
+	@$(PIP) install -c constraints.txt -e ".[dev,demo,peft,lightning,trl]"
 	@touch $@
 
 # Built from source, without its own kernels, by the torch that is there.

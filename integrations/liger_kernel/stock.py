@@ -1,13 +1,15 @@
 """`install()`: frameworks' own classes take this project's options, until `uninstall()`."""
 
+import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 REGISTRY = {  # framework: the module whose `install()` changes its classes and returns the way back
     "transformers": "liger_kernel.transformers.training_args",
     "accelerate": "liger_kernel.accelerate.plugin",
+    "trl": "liger_kernel.trl.trainers",
 }
 _installed: dict[str, Callable[[], None]] = {}
 
@@ -16,15 +18,23 @@ def install(*frameworks: str) -> None:
     """Have the stock classes of these frameworks, or of all that are there, know this project.
 
     `transformers.TrainingArguments(use_liger=True, liger_config={...})` and every class made from
-    it; `accelerate.Accelerator(liger_plugin=...)`, which also reads ACCELERATE_USE_LIGER. Without
-    these options nothing changes. Again, it does nothing.
+    it; `accelerate.Accelerator(liger_plugin=...)`, which also reads ACCELERATE_USE_LIGER;
+    `trl.DPOConfig(use_liger_loss=True)` and its kin with the trainers that take them. Without these
+    options nothing changes. Again, it does nothing.
 
     Raises:
-        ValueError: a name that is not known. ImportError: a framework that is not installed.
+        ValueError: a name that is not known.
+        ImportError: a framework that was named and is not installed, or not in a version that has
+            what is changed.
     """
     for name in _checked(frameworks) or filter(importlib.util.find_spec, REGISTRY):
-        if name not in _installed:
+        if name in _installed:
+            continue
+        try:
             _installed[name] = importlib.import_module(REGISTRY[name]).install()
+        except ImportError:
+            if frameworks:
+                raise
 
 
 def uninstall(*frameworks: str) -> None:
@@ -71,3 +81,74 @@ class ClassEdits:
                 setattr(cls, name, before)
             else:
                 delattr(cls, name)
+
+
+def add_fields(
+    stock: type, mixin: Any, configure: Callable[[Any], None],
+    lists: Mapping[str, list[str]] | None = None,
+) -> Callable[[], None]:  # fmt: skip
+    """Have a dataclass and all made from it, without the mixin, take the mixin's own fields.
+
+    Args:
+        stock: the dataclass. mixin: the dataclass of the fields.
+        configure: is called with each instance after its `__post_init__`.
+        lists: attributes of the classes that are lists, and what is to be in them too.
+
+    Returns:
+        What takes it back, but for classes that are made later, which keep the fields they have.
+    """
+    edits = ClassEdits()
+    names = mixin.__annotations__.keys()
+    added = {n: f for n, f in mixin.__dataclass_fields__.items() if n in names}
+    for cls in _family(stock, mixin):
+        own = vars(cls)
+        if "__dataclass_fields__" in own:
+            edits.put(cls, "__dataclass_fields__", own["__dataclass_fields__"] | added)
+        for name, more in (lists or {}).items():
+            if name in own:
+                edits.put(cls, name, [*own[name], *more])
+        if "__init__" in own:
+            edits.put(cls, "__init__", _taking(added, own["__init__"], edits))
+    edits.put(stock, "__annotations__", stock.__annotations__ | mixin.__annotations__)
+    edits.put(stock, "__post_init__", _then(configure, vars(stock)["__post_init__"], edits))
+    for name, ours in added.items():
+        edits.put(stock, name, ours.default)
+
+    def revert() -> None:
+        edits.revert()
+        for cls in _family(stock, mixin):
+            if added.keys() <= vars(cls).get("__dataclass_fields__", {}).keys():
+                cls.__post_init__ = _then(configure, cls.__post_init__, ClassEdits())
+
+    return revert
+
+
+def _family(cls: type, mixin: type) -> set[Any]:
+    """The class and all made from it, those left out that have the mixin."""
+    if issubclass(cls, mixin):
+        return set()
+    return {cls}.union(*(_family(sub, mixin) for sub in cls.__subclasses__()))
+
+
+def _taking(
+    names: Mapping[str, object], init: Callable[..., None], edits: ClassEdits
+) -> Callable[..., None]:
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in names.keys() & kwargs.keys() if edits.on else ():
+            setattr(self, name, kwargs.pop(name))
+        init(self, *args, **kwargs)
+
+    return __init__
+
+
+def _then(
+    configure: Callable[[Any], None], post_init: Callable[[Any], None], edits: ClassEdits
+) -> Callable[[Any], None]:
+    @functools.wraps(post_init)
+    def __post_init__(self: Any) -> None:
+        post_init(self)
+        if edits.on:
+            configure(self)
+
+    return __post_init__

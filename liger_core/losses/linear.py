@@ -19,7 +19,7 @@ from liger_core.ops.labels import IGNORE_INDEX, LabelScan
 from liger_core.ops.linear_cross_entropy import linear_cross_entropy
 from liger_core.ops.linear_head import HeadOptions
 from liger_core.ops.linear_logprob import Output, TokenStats, linear_logprob
-from liger_core.ops.linear_loss import check_sequences, linear_loss
+from liger_core.ops.linear_loss import LossFn, Together, check_sequences, linear_loss
 
 
 class PreferenceStats(NamedTuple):
@@ -98,40 +98,66 @@ def _pairs(logps: Tensor, ref_logps: Tensor | None, lengths: Tensor) -> Pairs:
     return Pairs(logps[:half], logps[half:], *ref, lengths[:half], lengths[half:])
 
 
+class PairShare:
+    """What `linear_loss` is to be given for a preference loss, with an NLL term of weight `nll`.
+
+    Args:
+        loss: a `DPO`, `CPO`, `SimPO` or `ORPO`.
+        y: (2P, T) labels of the completions; nll_y: those of the NLL, of which the chosen half
+            counts.
+        nll: the weight of the mean negative log-likelihood of the chosen tokens.
+        ref_logps: (2P,) the reference model's log-probabilities, or None.
+        dtype: of the sums.
+
+    Attributes:
+        together: as `linear_loss` takes it. needed: outputs that must be among its own.
+    """
+
+    def __init__(
+        self, loss: PairLoss, y: Tensor, nll_y: Tensor, nll: float, ref_logps: Tensor | None,
+        ignore_index: int = IGNORE_INDEX, dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        self.loss, self.nll, self.ref_logps, self.half = loss, nll, ref_logps, y.shape[0] // 2
+        self.together: Together = "batch" if loss.whole_batch else "pair"
+        self.needed: tuple[Output, ...] = ("log_sum_sq_probs",) if loss.use_weighting else ()
+        self.scored = y != ignore_index
+        self.lengths = self.scored.sum(-1).clamp_min(1)
+        self.weights = token_weights(
+            y, average=bool(loss.average), ld_alpha=loss.ld_alpha, ignore_index=ignore_index,
+            dtype=dtype,
+        )  # fmt: skip
+        first = (torch.arange(y.shape[0], device=y.device) < self.half)[:, None]
+        chosen = (nll_y != ignore_index) & first
+        self.nll_weights = chosen / chosen.sum().clamp_min(1).to(dtype)
+
+    def __call__(self, tokens: TokenStats, take: Callable[[Tensor], Tensor]) -> Tensor:
+        logps = (tokens.logp * take(self.weights)).sum(-1)
+        if self.half == 0:
+            return logps.sum()
+        ref = None if self.ref_logps is None else take(self.ref_logps)
+        losses = self.loss(_pairs(logps, ref, take(self.lengths)))
+        if self.loss.use_weighting:
+            losses = losses * _weighting(tokens, take(self.scored))
+        total = losses.sum() / self.half
+        return (
+            total - self.nll * (tokens.logp * take(self.nll_weights)).sum() if self.nll else total
+        )
+
+
 def _linear_pairs(
     x: Tensor, w: Tensor, labels: Tensor, y: Tensor, nll_y: Tensor, loss: PairLoss, nll: float,
     b: Tensor | None, ref_logps: Tensor | None, outputs: Sequence[Output], options: HeadOptions,
 ) -> tuple[Tensor, PreferenceStats]:  # fmt: skip
     """The loss with an NLL term of weight `nll`; labels are what y and nll_y score together."""
-    half, ignore_index = y.shape[0] // 2, options.get("ignore_index", IGNORE_INDEX)
-    scored, dtype = y != ignore_index, accumulate_dtype(x.dtype)
-    lengths = scored.sum(-1).clamp_min(1)
-    weights = token_weights(
-        y, average=bool(loss.average), ld_alpha=loss.ld_alpha, ignore_index=ignore_index,
-        dtype=dtype,
-    )  # fmt: skip
-    chosen = (nll_y != ignore_index) & (torch.arange(y.shape[0], device=y.device) < half)[:, None]
-    nll_weights = chosen / chosen.sum().clamp_min(1).to(dtype)
-
-    def share(tokens: TokenStats, take: Callable[[Tensor], Tensor]) -> Tensor:
-        logps = (tokens.logp * take(weights)).sum(-1)
-        if half == 0:
-            return logps.sum()
-        ref = None if ref_logps is None else take(ref_logps)
-        losses = loss(_pairs(logps, ref, take(lengths)))
-        if loss.use_weighting:
-            losses = losses * _weighting(tokens, take(scored))
-        total = losses.sum() / half
-        return total - nll * (tokens.logp * take(nll_weights)).sum() if nll else total
-
-    needed = ("log_sum_sq_probs",) if loss.use_weighting else ()
+    ignore_index, dtype = options.get("ignore_index", IGNORE_INDEX), accumulate_dtype(x.dtype)
+    share = PairShare(loss, y, nll_y, nll, ref_logps, ignore_index, dtype)
     value, tokens = linear_loss(
-        x, w, labels, share, b, together="batch" if loss.whole_batch else "pair",
-        outputs=tuple({*outputs, *needed}), **options,
+        x, w, labels, share, b, together=share.together,
+        outputs=tuple({*outputs, *share.needed}), **options,
     )  # fmt: skip
-    logps = (tokens.logp * weights).sum(-1)
-    rewards = torch.cat(loss.rewards(_pairs(logps, ref_logps, lengths)))
-    mean_nll = -(tokens.logp * nll_weights).sum() if nll else logps.new_zeros(())
+    logps = (tokens.logp * share.weights).sum(-1)
+    rewards = torch.cat(loss.rewards(_pairs(logps, ref_logps, share.lengths)))
+    mean_nll = -(tokens.logp * share.nll_weights).sum() if nll else logps.new_zeros(())
     return value, PreferenceStats(logps, rewards, mean_nll, tokens)
 
 
@@ -221,6 +247,23 @@ def linear_preference_loss(
     return value + loss.nll * nll, stats._replace(nll=nll.detach())
 
 
+def kto_share(
+    loss: KTO, weights: Tensor, desirable: Tensor, ref_logps: Tensor | None,
+    kl: Tensor | float | None,
+) -> LossFn:  # fmt: skip
+    """What `linear_loss` is to be given for KTO; weights are `token_weights`, the rest as below."""
+    S = weights.shape[0]
+    kl_each = isinstance(kl, Tensor) and kl.shape == (S,)
+
+    def share(tokens: TokenStats, take: Callable[[Tensor], Tensor]) -> Tensor:
+        logps = (tokens.logp * take(weights)).sum(-1)
+        ref = None if ref_logps is None else take(ref_logps)
+        point = take(kl) if kl_each and isinstance(kl, Tensor) else kl
+        return loss(logps, ref, take(desirable), point).sum() / max(S, 1)
+
+    return share
+
+
 def linear_kto_loss(
     x: Tensor,
     w: Tensor,
@@ -263,14 +306,7 @@ def linear_kto_loss(
         y, average=loss.average, ignore_index=options.get("ignore_index", IGNORE_INDEX),
         dtype=accumulate_dtype(x.dtype),
     )  # fmt: skip
-    kl_each = isinstance(kl, Tensor) and kl.shape == (S,)
-
-    def share(tokens: TokenStats, take: Callable[[Tensor], Tensor]) -> Tensor:
-        logps = (tokens.logp * take(weights)).sum(-1)
-        ref = None if ref_logps is None else take(ref_logps)
-        point = take(kl) if kl_each and isinstance(kl, Tensor) else kl
-        return loss(logps, ref, take(desirable), point).sum() / max(S, 1)
-
+    share = kto_share(loss, weights, desirable, ref_logps, kl)
     value, tokens = linear_loss(x, w, y, share, b, outputs=outputs, **options)
     logps = (tokens.logp * weights).sum(-1)
     zero = logps.new_zeros(())

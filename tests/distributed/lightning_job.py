@@ -40,16 +40,18 @@ LR = 0.1
 class Module(pl.LightningModule):
     """Its model is made, and under FSDP2 sharded, in `configure_model`."""
 
-    def __init__(self, sharded: bool) -> None:
+    def __init__(self, strategy: str) -> None:
         super().__init__()
-        self.sharded = sharded
+        self.sharded, self.deepspeed = strategy == "model_parallel", strategy == "deepspeed"
         self.losses: list[float] = []
         self.widths: set[int] = set()
 
     def configure_model(self) -> None:
         if "lm" in self._modules:
             return
-        self.lm: Any = build(tie_word_embeddings=True)
+        # Under ZeRO's initialisation transformers cannot clear a padding row.
+        padding = {"pad_token_id": None} if self.deepspeed else {}
+        self.lm: Any = build(tie_word_embeddings=True, **padding)
         if self.sharded:
             from torch.distributed.fsdp import fully_shard
 
@@ -75,7 +77,7 @@ def run(strategy: str, **options: Any) -> tuple[Module, dict[str, Tensor]]:
         cls = pl.strategies.StrategyRegistry[ours]["strategy"]
     options["strategy"] = cls(**more)
     token_mean = [] if strategy == "deepspeed" else [TokenMean()]
-    lm = Module(strategy == "model_parallel")
+    lm = Module(strategy)
     trainer = pl.Trainer(
         accelerator="gpu" if CUDA else "cpu", devices=2, max_epochs=1, logger=False,
         accumulate_grad_batches=2, enable_checkpointing=False,
@@ -87,7 +89,9 @@ def run(strategy: str, **options: Any) -> tuple[Module, dict[str, Tensor]]:
     class Keep(pl.Callback):
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             if strategy != "deepspeed":
-                found = trainer.strategy.lightning_module_state_dict()
+                # Lightning's own of FSDP2 has left the GPU, where its parts are joined
+                sharded = pl_module.state_dict() if pl_module.sharded else None
+                found = sharded or trainer.strategy.lightning_module_state_dict()
                 end.update({n: whole(p).detach().float().cpu() for n, p in found.items()})
 
     trainer.callbacks.append(Keep())

@@ -47,7 +47,7 @@ from liger_kernel.transformers.engines import (
 )
 from liger_kernel.transformers.layers import calls
 from liger_kernel.transformers.lora import added, inner, linear, sites
-from liger_kernel.transformers.note import Note, Ticket, note_of
+from liger_kernel.transformers.note import Answer, Note, Ticket, note_of
 from liger_kernel.transformers.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _fused(model: nn.Module) -> tuple[tuple[nn.Module, Note] | None, str]:
     if getattr(loss, "func", None) is not loss_function:
         return None, "loss_function was set after the model was patched"
     if found is None and head is not None:
-        _fuse_sites(vars(model)["_liger_patch"], head)
+        fuse_sites(vars(model)["_liger_patch"], head)
         found = noted(head)
     return found, "lm_head was wrapped after it was patched, and cannot compute the loss itself"
 
@@ -176,20 +176,32 @@ def _total(y: Tensor, total: Tensor | float | None) -> Tensor | None:
     return None if total is None else torch.full((), total, dtype=torch.float32, device=y.device)
 
 
-def forward(head: nn.Module, config: LigerConfig, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def forward(
+    head: nn.Module, config: LigerConfig, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor | Answer:
     """Replaces lm_head's forward: a linear layer's, or that of PEFT's LoRA around one."""
     note = note_of(head)
-    options = added(head, x, *args, **kwargs) if note is not None and note.fuse else None
+    asked = note is not None and (note.fuse or note.request is not None)
+    options = added(head, x, *args, **kwargs) if asked else None
     w = linear(head).weight if options is not None else None
     # transformers' tensor parallelism hides from no_grad calls that the weight is a part
     whole = w is not None and w.shape[0] == linear(head).out_features
-    if note is None or note.y is None or options is None or w is None or not whole:
+    if note is None or options is None or w is None or not whole:
+        if note is not None and note.request is not None:
+            note.clear()
+            raise RuntimeError(
+                f"{type(head).__name__} is more than a matrix product here (DoRA, a hook, adapters "
+                f"by row, tensor parallelism), and TRL's own head would leave that out"
+            )
         if note is not None and torch.is_grad_enabled():
             note.unfused = True
             gather(head)
         return type(head).forward(head, x, *args, **kwargs)
-    note.fuse = False
+    request, note.request, note.fuse = note.request, None, False
     try:
+        if request is not None:
+            return request(x, w, options)
+        assert note.y is not None
         out = _loss(note, config, x, w, note.y, options)
     except ValueError as error:  # of this process's labels: the others are not to wait for it
         note.clear()
@@ -335,7 +347,7 @@ def add_stats(model: nn.Module, args: Any, output: Any) -> None:
     note.clear()
 
 
-def _fuse_sites(patch: "Patch", head: nn.Module) -> str | None:
+def fuse_sites(patch: "Patch", head: nn.Module) -> str | None:
     """Put the fused forward into the head as it is now, or say why not."""
     if not (found := sites(head)):
         return f"{type(head).__name__} is more than a matrix product"
@@ -371,7 +383,7 @@ def fuse(patch: "Patch", recipe: Recipe) -> str | None:
     if not calls(inspect.unwrap(type(model).forward), "loss_function"):
         return f"the forward of {type(model).__name__} computes its loss itself"
     if config.fused_head:
-        if (why := _fuse_sites(patch, head)) is not None:
+        if (why := fuse_sites(patch, head)) is not None:
             return why
         before = partial(leave_note, recipe)
         patch.undo(model.register_forward_pre_hook(before, with_kwargs=True).remove)

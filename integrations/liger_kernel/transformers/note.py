@@ -2,6 +2,7 @@
 
 import itertools
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 from liger_core import LabelScan
 from liger_core.ops.labels import IGNORE_INDEX
+
+Answer = tuple[Tensor, ...]
+Request = Callable[[Tensor, Tensor, dict[str, Any]], Answer]
 
 
 @dataclass(slots=True)
@@ -22,6 +26,7 @@ class Note:
     shifted: bool = False  # whether as shift_labels
     y: Tensor | None = None  # shifted in any case
     fuse: bool = False
+    request: Request | None = None  # what to return instead, of x, w, and `b` and `low_rank`
     ignore_index: int = IGNORE_INDEX
     total: Tensor | None = None
     scan: LabelScan | None = None

@@ -1,6 +1,5 @@
 """TrainingArguments with `use_liger`: the one flag of HF Trainer."""
 
-import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from typing import Any
 import transformers
 
 from liger_kernel.config import LigerConfig, whole
-from liger_kernel.stock import ClassEdits
+from liger_kernel.stock import add_fields
 
 DICT_FIELDS = "_VALID_DICT_FIELDS"  # what transformers' command line takes as JSON
 
@@ -99,60 +98,12 @@ class Seq2SeqTrainingArguments(LigerArguments, transformers.Seq2SeqTrainingArgum
     """transformers' own, with `use_liger` and `liger_config`."""
 
 
-FIELDS: dict[str, Any] = LigerArguments.__dataclass_fields__  # pyright: ignore
-
-
-def _taking_fields(init: Callable[..., None], edits: ClassEdits) -> Callable[..., None]:
-    @functools.wraps(init)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in FIELDS.keys() & kwargs.keys() if edits.on else ():
-            setattr(self, name, kwargs.pop(name))
-        init(self, *args, **kwargs)
-
-    return __init__
-
-
-def _configuring(post_init: Callable[[Any], None], edits: ClassEdits) -> Callable[[Any], None]:
-    @functools.wraps(post_init)
-    def __post_init__(self: Any) -> None:
-        post_init(self)
-        if edits.on:
-            configure(self)
-
-    return __post_init__
-
-
-def _family(cls: type) -> set[type]:
-    """The class and all made from it, those left out that have the mixin."""
-    if issubclass(cls, LigerArguments):
-        return set()
-    return {cls}.union(*map(_family, cls.__subclasses__()))
-
-
 def install() -> Callable[[], None]:
     """Have transformers' TrainingArguments, and all made from it, take LigerArguments' fields.
 
     As keywords, on HfArgumentParser's command line, and in classes that are made from it later.
     Returns what takes it back, but for those classes, which keep the fields that they have.
     """
-    stock, edits = transformers.TrainingArguments, ClassEdits()
-    for cls in _family(stock):
-        own = vars(cls)
-        if "__dataclass_fields__" in own:
-            edits.put(cls, "__dataclass_fields__", own["__dataclass_fields__"] | FIELDS)
-        if DICT_FIELDS in own:
-            edits.put(cls, DICT_FIELDS, [*own[DICT_FIELDS], "liger_config"])
-        if "__init__" in own:
-            edits.put(cls, "__init__", _taking_fields(own["__init__"], edits))
-    edits.put(stock, "__annotations__", stock.__annotations__ | LigerArguments.__annotations__)
-    edits.put(stock, "__post_init__", _configuring(vars(stock)["__post_init__"], edits))
-    for name, ours in FIELDS.items():
-        edits.put(stock, name, ours.default)
-
-    def revert() -> None:
-        edits.revert()
-        for cls in _family(stock):
-            if FIELDS.keys() <= vars(cls).get("__dataclass_fields__", {}).keys():
-                cls.__post_init__ = _configuring(cls.__post_init__, ClassEdits())  # pyright: ignore
-
-    return revert
+    return add_fields(
+        transformers.TrainingArguments, LigerArguments, configure, {DICT_FIELDS: ["liger_config"]}
+    )

@@ -1,0 +1,118 @@
+"""What DPO and KTO are going to make of log-probabilities, before they are there.
+
+TRL computes the policy's log-probabilities before the reference's; here the reference goes first,
+as where it is precomputed. With it the loss of each pair is known inside lm_head, as `head.py`
+has it. A combination of options that `liger_core` has no loss for is not foreseen, which costs
+one product.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liger_core.losses import DPO, KTO
+from liger_core.losses.linear import PairShare, kto_share, token_weights
+from liger_kernel.trl.head import Fused, Share
+
+SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}  # by TRL; its sigmoid is not
+
+
+def dpo_loss(trainer: Any) -> DPO | None:
+    """The trainer's loss, or None where `liger_core` does not have it."""
+    types = set(trainer.loss_types)
+    smoothing = trainer.label_smoothing if types & SMOOTHED else 0.0
+    if smoothing and "sigmoid" in types:
+        return None
+    alpha = trainer.f_alpha_divergence_coef
+    f = trainer.f_divergence_type
+    try:
+        return DPO(
+            loss_type=tuple(trainer.loss_types),
+            loss_weights=tuple(trainer.loss_weights),
+            beta=trainer.beta,
+            label_smoothing=smoothing,
+            ld_alpha=trainer.ld_alpha,
+            use_weighting=trainer.use_weighting,
+            f_divergence=f,
+            **({"f_alpha": alpha} if f == "alpha_divergence" else {}),
+            **({"discopop_tau": trainer.args.discopop_tau} if "discopop" in types else {}),
+        )
+    except ValueError:
+        return None
+
+
+def _labels(inputs: dict[str, Any]) -> Tensor:
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    return labels[:, 1:]
+
+
+@contextmanager
+def _set(thing: Any, **values: Any) -> Any:
+    """Attributes for the time being."""
+    before = {name: getattr(thing, name) for name in values}
+    vars(thing).update(values)
+    try:
+        yield
+    finally:
+        vars(thing).update(before)
+
+
+def _reference(trainer: Any, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+    model = trainer.model if trainer.ref_model is None else trainer.ref_model
+    return trainer.compute_ref_log_probs(model, inputs)
+
+
+def compute_dpo_loss(
+    trainer: Any, fused: Fused, own: Callable[..., Any], model: Any, inputs: Any, outputs: Any
+) -> Any:
+    """Replaces a DPOTrainer's `_compute_loss`, which is `own`."""
+    loss = dpo_loss(trainer) if torch.is_grad_enabled() else None
+    if loss is None:
+        return own(model, inputs, outputs)
+    names = ("ref_chosen_logps", "ref_rejected_logps")
+    if not trainer.precompute_ref_logps:
+        inputs = {**inputs, **dict(zip(names, _reference(trainer, inputs), strict=True))}
+    ref = torch.cat([inputs[name] for name in names]).float()
+    share = Share.of(PairShare(loss, y := _labels(inputs), y, loss.nll, ref))
+    with _set(trainer, precompute_ref_logps=True), _set(fused, share=share):
+        return own(model, inputs, outputs)
+
+
+def compute_kto_loss(
+    trainer: Any, fused: Fused, own: Callable[..., Any], model: Any, inputs: Any, outputs: Any
+) -> Any:
+    """Replaces a KTOTrainer's `_compute_loss`, which is `own`."""
+    if not torch.is_grad_enabled():
+        return own(model, inputs, outputs)
+    loss = KTO(
+        loss_type=trainer.loss_type, beta=trainer.beta,
+        desirable_weight=trainer.desirable_weight, undesirable_weight=trainer.undesirable_weight,
+    )  # fmt: skip
+    if not trainer.precompute_ref_logps:
+        found = dict(zip(("ref_logps", "ref_KL_logps"), _reference(trainer, inputs), strict=True))
+        inputs = {**inputs, **{name: t for name, t in found.items() if t is not None}}
+    compute_kl, point = trainer._compute_kl_logps, list[Tensor]()
+
+    def compute_kl_logps(*args: Any) -> Any:
+        """TRL's, of the policy; and what it makes of it, the mean over processes or 0."""
+        if (logps := compute_kl(*args)) is not None:
+            kl = (logps - inputs["ref_KL_logps"].to(logps.device)).mean().detach()
+            point.append(trainer.accelerator.gather_for_metrics(kl).mean().clamp(min=0))
+        return logps
+
+    y, desirable = _labels(inputs), inputs["label"].bool()
+    weights, ref = token_weights(y), inputs["ref_logps"].float()
+
+    def share(tokens: Any, take: Callable[[Tensor], Tensor]) -> Tensor:
+        kl = point[-1] if point else None
+        return kto_share(loss, weights, desirable, ref, kl)(tokens, take)
+
+    with (
+        _set(trainer, precompute_ref_logps=True),
+        _set(fused, share=Share(share, "sequence")),
+        _set(trainer, _compute_kl_logps=compute_kl_logps),
+    ):
+        return own(model, inputs, outputs)
