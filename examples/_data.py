@@ -15,6 +15,7 @@ from _settings import Settings, UserError
 
 PACKAGES = ("torch", "transformers", "accelerate", "matplotlib")
 HELD_OUT = 10  # every tenth document
+PAIRS_HELD_OUT = 4  # and every fourth for pairs, of which a document has few
 
 
 def check(settings: Settings) -> None:
@@ -127,17 +128,63 @@ def pretrained(model: str, folder: Path) -> str:
 
 def sections() -> tuple[list[str], list[str]]:
     """Sections of Python's own documentation, of uneven lengths: to train on, and held out."""
+    found = [
+        [section for text in texts for section in re.split(r"\n\n(?=\S)", text)]
+        for texts in _topics(HELD_OUT)
+    ]
+    random.Random(0).shuffle(found[0])
+    return found[0], found[1]
+
+
+def _topics(part: int) -> tuple[list[str], list[str]]:
+    """Texts of Python's own documentation: to train on, and one in `part` held out."""
     from pydoc_data.topics import topics
 
     names = sorted(topics)
     random.Random(0).shuffle(names)
-    held = len(names) // HELD_OUT
-    found = [
-        [section for name in part for section in re.split(r"\n\n(?=\S)", topics[name].strip())]
-        for part in (names[held:], names[:held])
-    ]
+    held = len(names) // part
+    texts = [topics[name].strip() for name in names]
+    return texts[held:], texts[:held]
+
+
+def preferences() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Pairs from Python's own documentation: to train on, and held out.
+
+    `prompt` is a paragraph, `chosen` the one that comes next in its text, `rejected` the one of
+    another text that is closest to it in length.
+    """
+    found = [_continuations(texts) for texts in _topics(PAIRS_HELD_OUT)]
     random.Random(0).shuffle(found[0])
+    random.Random(0).shuffle(found[1])
     return found[0], found[1]
+
+
+def _continuations(texts: list[str]) -> list[dict[str, str]]:
+    split = [[" ".join(part.split()) for part in re.split(r"\n\s*\n", text)] for text in texts]
+    next_ones = [
+        (number, prompt, chosen)
+        for number, parts in enumerate(split)
+        for prompt, chosen in itertools.pairwise(parts)
+        if _is_prose(prompt) and _is_prose(chosen)
+    ]
+
+    def other(number: int, length: int) -> str:
+        others = (text for at, _, text in next_ones if at != number)
+        return min(others, key=lambda text: abs(len(text) - length))
+
+    return [
+        {
+            "prompt": prompt,
+            "chosen": "\n\n" + chosen,
+            "rejected": "\n\n" + other(number, len(chosen)),
+        }
+        for number, prompt, chosen in next_ones
+    ]
+
+
+def _is_prose(paragraph: str) -> bool:
+    """Neither a headline nor code, and short enough to go on the CPU."""
+    return 80 <= len(paragraph) <= 480 and paragraph[0].isupper() and paragraph[-1] in ".:"
 
 
 def _convert(target: Path) -> None:

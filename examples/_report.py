@@ -24,8 +24,17 @@ def read(path: Path) -> Any:
 
 def write(path: Path, content: Any) -> None:
     """Write JSON so that a kill leaves the old file or the new one, never half of it."""
+    _put(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_lines(path: Path, rows: list[Any]) -> None:
+    """Write JSON, a row a line, all or nothing as `write` does."""
+    _put(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _put(path: Path, text: str) -> None:
     half = path.with_name(path.name + ".tmp")
-    half.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    half.write_text(text, encoding="utf-8")
     half.replace(path)
 
 
@@ -83,11 +92,7 @@ def table(summary: dict[str, Any]) -> str:
 
 def plot(summary: dict[str, Any], path: Path) -> None:
     """Loss curves, step time and memory of both runs, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     colours = {"plain": "tab:gray", "liger": "tab:blue"}
     figure, (left, *bars) = pyplot.subplots(
         1, 3, figsize=(11, 3.6), width_ratios=[2, 1, 1], layout="constrained"
@@ -105,7 +110,38 @@ def plot(summary: dict[str, Any], path: Path) -> None:
         axes.set(title=title)
         axes.margins(y=0.12)
     figure.suptitle(f"{summary['settings']['model']} on {summary['device']}", fontsize=10)
+    _save(figure, path)
+
+
+def plot_log(log: list[dict[str, float]], keys: list[str], title: str, path: Path) -> None:
+    """What Trainer logged under each of `keys`, in training and held out, over steps, as a PNG."""
+    pyplot = _pyplot()
+    figure, all_axes = pyplot.subplots(
+        1, len(keys), figsize=(4.5 * len(keys), 3.6), layout="constrained", squeeze=False
+    )
+    for axes, key in zip(all_axes[0], keys, strict=True):
+        for name, label in (key, "training"), (f"eval_{key}", "held out"):
+            points = [(entry["step"], entry[name]) for entry in log if name in entry]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=".", label=label)
+        axes.set(xlabel="step", title=key)
+        axes.legend()
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def _pyplot() -> Any:
+    """matplotlib's, which needs no screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
     half = path.with_name(path.name + ".tmp")
     figure.savefig(half, format="png", dpi=150)
     half.replace(path)
-    pyplot.close(figure)
+    _pyplot().close(figure)

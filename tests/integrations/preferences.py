@@ -1,10 +1,12 @@
 """A tiny model, a tokenizer and pairs of texts for TRL's trainers; and one run of a trainer."""
 
 import copy
+import importlib
 import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -87,3 +89,110 @@ def reference(model: Any) -> Any:
         for p in ref.parameters():
             p.mul_(1.05)
     return ref
+
+
+def trainer_of(name: str, ours: bool = False) -> tuple[Any, Any]:
+    """A trainer's configuration and class: TRL's own, or those of this project."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL's experimental ones say that they are
+        if ours:
+            room: Any = importlib.import_module("liger_kernel.trl")
+        elif name in ("ORPO", "CPO"):
+            room = importlib.import_module(f"trl.experimental.{name.lower()}")
+        else:
+            room = importlib.import_module("trl")
+        return getattr(room, f"{name}Config"), getattr(room, f"{name}Trainer")
+
+
+def prompts() -> Dataset:
+    return pairs().select_columns("prompt")
+
+
+def texts() -> Dataset:
+    return Dataset.from_list([{"text": p["prompt"] + p["chosen"]} for p in pairs()])  # pyright: ignore
+
+
+def completions() -> Dataset:
+    rows: list[Any] = list(pairs())
+    return Dataset.from_list([{"prompt": p["prompt"], "completion": p["chosen"]} for p in rows])
+
+
+def judged() -> Dataset:
+    """Single completions, of which one in three is bad."""
+    rows: list[Any] = list(pairs())
+    return Dataset.from_list(
+        [
+            {"prompt": p["prompt"], "completion": p[side], "label": side == "chosen"}
+            for i, p in enumerate(rows)
+            for side in ["chosen" if i % 3 else "rejected"]
+        ]
+    )
+
+
+DATA = {"KTO": judged, "SFT": texts, "GRPO": prompts, "RLOO": prompts}
+
+
+def variety(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(set(c.split()))) for c in completions]
+
+
+def needed(name: str, model: Any) -> dict[str, Any]:
+    """What this trainer is given besides model and data."""
+    if name in ("DPO", "KTO"):
+        return {"ref_model": reference(model)}
+    return {"reward_funcs": variety} if name in ("GRPO", "RLOO") else {}
+
+
+Run = tuple[Any, list[dict[str, float]], list[dict[str, Tensor]]]
+
+
+def both(
+    name: str, folder: Path, *, make: Any = build, data: Any = None,
+    given: dict[str, Any] | None = None, liger: dict[str, Any] | None = None, **options: Any,
+) -> tuple[Run, Run]:  # fmt: skip
+    """The same steps by TRL alone, and with `use_liger_loss`."""
+    runs: list[Run] = []
+    for ours in (False, True):
+        model = make()
+        parts = needed(name, model) if given is None else copy.deepcopy(given)
+        more = {"use_liger_loss": True} | (liger or {}) if ours else {}
+        runs.append(
+            run(
+                *trainer_of(name, ours), folder / str(ours), data or DATA.get(name, pairs)(),
+                model=model, given=parts, **{"learning_rate": 0.01} | options | more,
+            )
+        )  # fmt: skip
+    return runs[0], runs[1]
+
+
+TIMES = {"step_time", "epoch", "total_flos"}
+
+
+def assert_logged(got: list[dict[str, Any]], want: list[dict[str, Any]], tol: float = 1e-4) -> None:
+    def kept(log: dict[str, Any]) -> dict[str, Any]:
+        slow = ("runtime", "_per_second", *TIMES)
+        return {k: v for k, v in log.items() if not k.endswith(slow)}
+
+    assert len(got) == len(want) > 0
+    for a, b in zip(got, want, strict=True):
+        assert kept(a) == pytest.approx(kept(b), rel=tol, abs=tol, nan_ok=True)
+
+
+def assert_parity(plain: Run, ours: Run, tol: float = 1e-5) -> None:
+    """Everything that is logged, and the gradients of every step, by the norm of each."""
+    assert_logged(ours[1], plain[1])
+    assert len(ours[2]) == len(plain[2]) > 0
+    for step, (got, want) in enumerate(zip(ours[2], plain[2], strict=True)):
+        assert got.keys() == want.keys()
+        for name, gradient in want.items():
+            error, norm = (got[name] - gradient).norm(), gradient.norm()
+            assert error <= tol * norm + 1e-9, f"step {step}, {name}: {error:.1e} of {norm:.1e}"
+    assert any(g.any() for g in plain[2][0].values())
+
+
+def foreseen(ours: Run) -> int:
+    """Gradients of the policy that were known in forward; none of them was mistaken."""
+    fused = ours[0]._liger.fused
+    assert not any(f.mistaken for f in fused)
+    assert not any(f.foreseen for f in fused[1:])
+    return fused[0].foreseen
