@@ -25,19 +25,22 @@ test: lint $(VENV)/.deepspeed ## lint, type checks, the tests that need no GPU, 
 
 # Other versions lie in folders of their own, in front of the environment's. The first is tested
 # as the environment's own is; the oldest, and what frameworks pin, by the families' numbers and a
-# training run; kernels, without what it needs to fetch and sign, by the test that meets them.
+# training run; kernels, without what it needs to fetch and sign, by the test that meets them; the
+# last TRL with Liger losses of its own by those.
 ADAPTERS := tests/integrations tests/test_cli.py tests/test_check.py
 FAMILIES := tests/integrations/test_families.py::test_
 SMOKE := $(FAMILIES)loss_and_gradients_are_the_models_own \
 	$(FAMILIES)evaluation_gives_the_models_own_logits_and_loss \
 	tests/integrations/test_trainer.py::test_no_number_changes[plain-use_liger]
 KERNELS := tests/integrations/test_loop.py::test_use_kernels_meets_a_patch
-test-versions: $(VENV)/.ready ## the adapters' tests with other versions of transformers, with kernels
+OLD_TRL := tests/integrations/test_trl_old.py
+test-versions: $(VENV)/.ready ## the adapters' tests with other versions of transformers and TRL, with kernels
 	$(call with,transformers==5.23.0,$(ADAPTERS))
 	$(call with,transformers==5.6.0 tokenizers==0.22.2,$(SMOKE))
 	$(call with,transformers==5.16.0,$(SMOKE))
 	$(call with,transformers==5.20.1,$(SMOKE))
 	$(call with,kernels==0.16.2 kernels-data==0.16.2,$(KERNELS))
+	$(call with,trl==1.12.0,$(OLD_TRL))
 with = @folder="$(VENV)/with/$(subst $(space),_,$(1))"; [ -d "$$folder" ] || \
 	$(PIP) install --no-deps --target "$$folder" $(1); echo "With $(1):"; \
 	PYTHONPATH="$$folder" $(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not slow" $(2)

@@ -4,9 +4,10 @@
 
 A model of the Llama-3.2-1B shape with random bf16 weights, TRL's defaults (AdamW, gradient
 checkpointing, bf16), sequences of `--length` tokens, the last `--scored` of them the completion.
-Each case is a process of its own, in which the providers train one after another, TRL once more at
-the end; `--steps` steps each, of which the first three do not count. `--gib` limits the memory that
-there is. ORPO, CPO and SimPO take as many pairs, of `--pairs`, as TRL's own loss can train on.
+Each case is a process of its own, in which the providers train one after another, with `--again`
+TRL once more; `--steps` steps each, of which the first three do not count and the last three are
+for the head's own figures. `--gib` limits the memory that there is. ORPO, CPO and SimPO take as
+many pairs, of `--pairs`, as TRL's own loss can train on.
 
     step_ms      a whole step of `Trainer.train()`, median
     peak_gib     most memory that tensors take
@@ -132,10 +133,10 @@ def trainer_of(
     import liger_kernel.trl
     from liger_kernel.trl import head
 
-    for module, name in ((trl.trainer.utils, "_ChunkedLogProbFunction"), (head, "_LogProbs")):
-        there = getattr(module, name)
+    for names in (vars(trl.trainer.utils), head.OURS):
+        there = names["_ChunkedLogProbFunction"]
         if not case.concatenated:
-            setattr(module, name, Timed(getattr(there, "inner", there), clock))
+            names["_ChunkedLogProbFunction"] = Timed(getattr(there, "inner", there), clock)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         config = LlamaConfig(**LLAMA_1B | (TINY if args.tiny else {}))
@@ -297,7 +298,8 @@ def run_case(name: str, args: argparse.Namespace) -> dict[str, Any]:
             found[provider] = measure(case, provider, args, pairs)
             gc.collect()
             torch.cuda.empty_cache()
-    found["trl, again"] = measure(case, "trl", args, pairs)
+    if args.again:
+        found["trl, again"] = measure(case, "trl", args, pairs)
     keys = [k for k in ("step_ms", "peak_gib", "loss_ms", "loss_gib") if k in found["trl"]]
     for provider in list(PROVIDERS)[1:]:
         found[provider]["ratio"] = {k: found[provider][k] / found["trl"][k] for k in keys}
@@ -312,6 +314,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--pairs", type=int, nargs="+", default=[8, 12, 16, 20, 24])
     parser.add_argument("--gib", type=float, help="memory that there is; None for all")
+    parser.add_argument("--again", action="store_true", help="TRL once more at the end")
     parser.add_argument("--tiny", action="store_true", help="to try the script")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", help="a case to run in this process")

@@ -15,7 +15,7 @@ from _settings import Settings, UserError
 
 PACKAGES = ("torch", "transformers", "accelerate", "matplotlib")
 HELD_OUT = 10  # every tenth document
-PAIRS_HELD_OUT = 4  # and every fourth for pairs, of which a document has few
+PAIRS_HELD_OUT = 3  # and every third for pairs, of which most documents have few
 
 
 def check(settings: Settings) -> None:
@@ -153,38 +153,39 @@ def preferences() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     `prompt` is a paragraph, `chosen` the one that comes next in its text, `rejected` the one of
     another text that is closest to it in length.
     """
-    found = [_continuations(texts) for texts in _topics(PAIRS_HELD_OUT)]
-    random.Random(0).shuffle(found[0])
-    random.Random(0).shuffle(found[1])
-    return found[0], found[1]
+    seen = set[str]()  # some texts hold others
+    held_out, train = (_continuations(texts, seen) for texts in reversed(_topics(PAIRS_HELD_OUT)))
+    random.Random(0).shuffle(train)
+    random.Random(0).shuffle(held_out)
+    return train, held_out
 
 
-def _continuations(texts: list[str]) -> list[dict[str, str]]:
+def _continuations(texts: list[str], seen: set[str]) -> list[dict[str, str]]:
     split = [[" ".join(part.split()) for part in re.split(r"\n\s*\n", text)] for text in texts]
-    next_ones = [
-        (number, prompt, chosen)
-        for number, parts in enumerate(split)
-        for prompt, chosen in itertools.pairwise(parts)
-        if _is_prose(prompt) and _is_prose(chosen)
-    ]
+    found: list[tuple[list[str], str, str]] = []
+    for parts in split:
+        for prompt, chosen in itertools.pairwise(parts):
+            if _is_prose(prompt) and _is_prose(chosen) and seen.isdisjoint((prompt, chosen)):
+                found.append((parts, prompt, chosen))
+        seen.update(parts)
 
-    def other(number: int, length: int) -> str:
-        others = (text for at, _, text in next_ones if at != number)
+    def other(parts: list[str], length: int) -> str:
+        others = (text for _, _, text in found if text not in parts)
         return min(others, key=lambda text: abs(len(text) - length))
 
     return [
         {
             "prompt": prompt,
             "chosen": "\n\n" + chosen,
-            "rejected": "\n\n" + other(number, len(chosen)),
+            "rejected": "\n\n" + other(parts, len(chosen)),
         }
-        for number, prompt, chosen in next_ones
+        for parts, prompt, chosen in found
     ]
 
 
 def _is_prose(paragraph: str) -> bool:
-    """Neither a headline nor code, and short enough to go on the CPU."""
-    return 80 <= len(paragraph) <= 480 and paragraph[0].isupper() and paragraph[-1] in ".:"
+    """Neither a headline nor code, and so short that a CPU trains on it in minutes."""
+    return 50 <= len(paragraph) <= 200 and paragraph[0].isupper() and paragraph[-1] in ".:"
 
 
 def _convert(target: Path) -> None:

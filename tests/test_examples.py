@@ -5,6 +5,7 @@ import json
 import os
 import random
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from kill_resume import HALF_WAY, Kill, differences, run_killed
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
+SFT = str(ROOT / "configs" / "trl" / "sft.yaml")
 JOB = [sys.executable, str(Path(__file__).with_name("examples_job.py"))]
 ENV = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "HF_HUB_OFFLINE": "1"}
 
@@ -144,6 +146,7 @@ def test_sft_learns_the_same_with_liger(
         line = ["--model", model, "--output_dir", str(tmp_path / liger), "--texts", "24"]
         line += ["--max_length", "48", "--learning_rate", "1e-2", "--save_steps", "4"]
         line += ["--use_cpu", "True", "--disable_tqdm", "True", "--use_liger", liger]
+        line += ["--use_liger_loss", liger, "--warmup_steps", "0", "--config", SFT]
         losses[liger] = example("sft").main(line)["losses"]
         said = capfd.readouterr().out
         assert ("LlamaRMSNorm" in said) == (liger == "True")
@@ -200,26 +203,24 @@ TORN = {
 }
 
 
-def _kill_and_resume(name: str, model: str, folder: Path, seed: int, each: int) -> None:
-    """Kill a patched run `each` times at a random moment and as often in a save; then the end."""
+def kill_and_resume(
+    name: str, flags: Callable[[Path, int], list[str]], torn: list[str], folder: Path, seed: int,
+    each: int, env: dict[str, str] = ENV, ignore: list[str] = TIMES,
+) -> None:  # fmt: skip
+    """Kill a run `each` times at a random moment and as often in a save; then the end.
+
+    Of the example `name`, as `flags` of an output folder and a number of steps start it.
+    """
     rng = random.Random(seed)
     kills = [Kill(f"step {rng.randint(1, 4)} done", rng.uniform(0, 0.3)) for _ in range(each)]
-    kills += [
-        Kill(HALF_WAY, arguments=["--stall", torn]) for torn in rng.choices(TORN[name], k=each)
-    ]
+    kills += [Kill(HALF_WAY, arguments=["--stall", file]) for file in rng.choices(torn, k=each)]
     rng.shuffle(kills)
     print(f"seed {seed}: {kills}")  # shown where it fails
-    script, steps, env = str(EXAMPLES / f"{name}.py"), 5 * each + 2, ENV
-    texts = ["--texts", str(2 * steps)]  # more than a kill at a random moment takes, up to 5 steps
-    if name == "hf_trainer":
-        flags = _trainer(model, Path("OUTPUT"), *texts, "--use_liger", "True")
-    else:
-        flags = _loop(model, Path("OUTPUT"), *texts, "--batch_size", "2")
-        env = ENV | {"ACCELERATE_USE_LIGER": "true"}
+    steps = 5 * each + 2  # more than a kill at a random moment takes, up to 5
     killed, unbroken = folder / "killed", folder / "unbroken"
 
     def command(output: Path) -> list[str]:
-        return [*JOB, script, *(str(output) if flag == "OUTPUT" else flag for flag in flags)]
+        return [*JOB, str(EXAMPLES / f"{name}.py"), *flags(output, steps)]
 
     with ThreadPoolExecutor() as pool:
         whole = pool.submit(run_killed, command(unbroken), [], env=env)
@@ -228,7 +229,18 @@ def _kill_and_resume(name: str, model: str, folder: Path, seed: int, each: int) 
     assert "resuming from None" not in said[-1] and "starting at step 0 " not in said[-1]
     last = f"checkpoint-{steps}"
     assert (killed / last).exists() and not (killed / "unfinished").exists()
-    assert differences(killed / last, unbroken / last, ignore=TIMES) == []
+    assert differences(killed / last, unbroken / last, ignore=ignore) == []
+
+
+def _kill_and_resume(name: str, model: str, folder: Path, seed: int, each: int) -> None:
+    def flags(output: Path, steps: int) -> list[str]:
+        texts = ["--texts", str(2 * steps)]
+        if name == "hf_trainer":
+            return _trainer(model, output, *texts, "--use_liger", "True")
+        return _loop(model, output, *texts, "--batch_size", "2")
+
+    on = {"ACCELERATE_USE_LIGER": "true"} if name == "accelerate_loop" else {}
+    kill_and_resume(name, flags, TORN[name], folder, seed, each, ENV | on)
 
 
 @pytest.mark.parametrize("name", ["hf_trainer", "accelerate_loop"])

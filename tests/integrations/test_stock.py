@@ -119,6 +119,6 @@ def test_names() -> None:
     with pytest.raises(ValueError, match="'jax' has no stock classes here"):
         liger_kernel.install("jax")
     liger_kernel.install()
-    assert stock._installed.keys() == {"transformers", "accelerate"}
+    assert stock._installed.keys() == {"transformers", "accelerate", "trl"}
     liger_kernel.uninstall()
     assert not stock._installed

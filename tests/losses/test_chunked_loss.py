@@ -16,6 +16,7 @@ from liger_kernel import chunked_loss
 from liger_kernel.chunked_loss import (
     LigerFusedLinearCPOLoss,
     LigerFusedLinearDPOLoss,
+    LigerFusedLinearGRPOLoss,
     LigerFusedLinearKTOLoss,
     LigerFusedLinearORPOLoss,
     LigerFusedLinearSimPOLoss,
@@ -66,6 +67,16 @@ SIGNATURES = {
         "average_log_prob=False, chunk_size=1",
     ),
 }
+GRPO = (
+    "beta=0.04, compiled=True, use_ref_model=True, chunk_size=1, epsilon_low=0.2, "
+    "epsilon_high=0.2, loss_type='dapo', max_completion_length=None, "
+    "importance_sampling_level='token', sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, "
+    "temperature=1.0, delta=None, use_bias_correction_kl=False, vespo_k_pos=2.0, "
+    "vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0",
+    "_input, lin_weight, selected_token_ids, attention_mask, advantages, bias=None, "
+    "ref_per_token_logps=None, old_per_token_logps=None, ref_input=None, ref_weight=None, "
+    "ref_bias=None, vllm_is_ratio=None, num_items_in_batch=None",
+)
 
 
 def signature(fn: Callable[..., Any]) -> tuple[str, list[str]]:
@@ -86,6 +97,12 @@ def test_signatures_are_upstreams(name: str) -> None:
     assert signature(form) == (function, ["memory_budget"])
     assert issubclass(module, nn.Module) and module.__name__ in chunked_loss.__all__
     assert form.__name__ in functional.__all__ and len(functional.__all__) == len(SIGNATURES)
+
+
+def test_signatures_of_grpo_are_upstreams() -> None:
+    made, called = GRPO
+    assert signature(LigerFusedLinearGRPOLoss.__init__) == (made, ["memory_budget"])
+    assert signature(LigerFusedLinearGRPOLoss.forward) == (called, [])
 
 
 def test_imports_need_neither_transformers_nor_trl() -> None:

@@ -1,5 +1,6 @@
 """Preference losses under a linear head, under upstream's names; torch and triton alone."""
 
+from liger_kernel.chunked_loss.grpo import LigerFusedLinearGRPOLoss
 from liger_kernel.chunked_loss.modules import (
     LigerFusedLinearCPOLoss,
     LigerFusedLinearDPOLoss,
@@ -11,6 +12,7 @@ from liger_kernel.chunked_loss.modules import (
 __all__ = [
     "LigerFusedLinearCPOLoss",
     "LigerFusedLinearDPOLoss",
+    "LigerFusedLinearGRPOLoss",
     "LigerFusedLinearKTOLoss",
     "LigerFusedLinearORPOLoss",
     "LigerFusedLinearSimPOLoss",

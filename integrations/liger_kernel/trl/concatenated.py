@@ -15,15 +15,17 @@ from liger_core.losses.linear import PairShare
 from liger_kernel.trl.head import Fused, Share
 
 
-def _cpo_loss(trainer: Any) -> CPO | SimPO | None:
+def _loss(trainer: Any, orpo: bool) -> ORPO | CPO | SimPO | None:
     """The trainer's loss, or None where `liger_core` does not have it."""
-    given = dict(beta=trainer.beta, alpha=trainer.alpha, nll_weight=trainer.cpo_alpha)
-    smoothing = trainer.label_smoothing
-    if trainer.loss_type == "simpo":
-        return SimPO(gamma=trainer.simpo_gamma, label_smoothing=smoothing, **given)
-    if trainer.loss_type == "sigmoid":
-        given["label_smoothing"] = smoothing
     try:
+        if orpo:
+            return ORPO(beta=trainer.beta)
+        given = dict(beta=trainer.beta, alpha=trainer.alpha, nll_weight=trainer.cpo_alpha)
+        smoothing = trainer.label_smoothing
+        if trainer.loss_type == "simpo":
+            return SimPO(gamma=trainer.simpo_gamma, label_smoothing=smoothing, **given)
+        if trainer.loss_type == "sigmoid":
+            given["label_smoothing"] = smoothing
         return CPO(loss_type=trainer.loss_type, **given)
     except ValueError:
         return None
@@ -43,7 +45,7 @@ def concatenated_forward(
     ids, mask, y = (both[f"concatenated_{n}"] for n in ("input_ids", "attention_mask", "labels"))
     nll_y = torch.where(mask == 1, ids, -100) if orpo else y
     half = batch["chosen_labels"].shape[0]
-    loss = ORPO(beta=trainer.beta) if orpo else _cpo_loss(trainer)
+    loss = _loss(trainer, orpo)
     averaged, wants_nll = orpo or trainer.loss_type in ("ipo", "simpo"), orpo or trainer.cpo_alpha
     scored = torch.cat((torch.where(y == -100, nll_y, y)[:half], y[half:])) if wants_nll else y
     # The mean of the logits that is logged leaves out the last position in ORPO, and not in CPO.

@@ -40,13 +40,13 @@ from liger_kernel.transformers.head import fuse_sites, noted
 from liger_kernel.transformers.lora import linear
 from liger_kernel.transformers.patch import Patch, patch_of
 
-KERNEL, UNUSED = "_ChunkedLogProbFunction", ("DTensor", "maybe_gather_lm_head_ctx", "_use_triton")
 OUTPUTS: dict[str, Output] = {  # TRL's names, in the order in which it takes them
     "entropy": "entropy",
     "log_sum_sq_probs": "log_sum_sq_probs",
     "mean_logits": "mean_logit",
     "is_top1": "is_top1",
 }
+KNOWS = "use_liger_loss knows TRL 1.16"
 SAME = 1e-3  # of the largest: how far a gradient may be from a multiple of the one foreseen. The
 # sums over tokens of two orders, of log-probabilities of thousands, differ by some 1e-4.
 
@@ -103,7 +103,7 @@ def take_over(model: nn.Module, fused: Fused) -> Patch:
     """Put our engine behind the fused head that TRL has just added to this model.
 
     Raises:
-        RuntimeError: TRL's head is not what it was in TRL 1.15 and 1.16.
+        RuntimeError: TRL's head is not what it is in TRL 1.16.
         ValueError: the model's head is none that can be fused, or computes its own loss already.
     """
     if (there := patch_of(model)) is not None and there.config.fused_head:
@@ -113,11 +113,10 @@ def take_over(model: nn.Module, fused: Fused) -> Patch:
         )
     theirs = vars(model).get("forward")
     fn = getattr(theirs, "__func__", None)
-    if not isinstance(fn, types.FunctionType) or KERNEL not in fn.__code__.co_names:
-        raise RuntimeError(
-            f"TRL's fused head has changed: it does not call {KERNEL}; use_liger_loss knows TRL "
-            f"1.15 and 1.16"
-        )
+    names = fn.__code__.co_names if isinstance(fn, types.FunctionType) else ()
+    if not isinstance(fn, types.FunctionType) or not OURS.keys() <= set(names):
+        gone = ", ".join(sorted(OURS.keys() - set(names)))
+        raise RuntimeError(f"TRL's fused head does not use {gone} any more; {KNOWS}")
     patch = Patch(model, LigerConfig.of({}))
     head: Any = model.get_output_embeddings()  # pyright: ignore
     if _cast_by_trl(head):
@@ -142,8 +141,7 @@ def _copy(fn: types.FunctionType) -> types.FunctionType:
     """TRL's forward over globals of which four are ours, in a module that torch.compile finds."""
     name = f"{__name__}.{fn.__module__}"
     copy = sys.modules.setdefault(name, types.ModuleType(name))
-    ours = {KERNEL: _LogProbs, "DTensor": _Nothing, "maybe_gather_lm_head_ctx": _no_context}
-    vars(copy).update(fn.__globals__, __name__=name, _use_triton=_scores_all, **ours)
+    vars(copy).update(fn.__globals__, __name__=name, **OURS)
     own = types.FunctionType(fn.__code__, vars(copy), fn.__name__, fn.__defaults__, fn.__closure__)
     own.__kwdefaults__ = fn.__kwdefaults__
     return own
@@ -231,6 +229,14 @@ class _LogProbs:
         )
 
 
+OURS: dict[str, Any] = {  # in place of the globals of TRL's head
+    "_ChunkedLogProbFunction": _LogProbs,
+    "DTensor": _Nothing,
+    "maybe_gather_lm_head_ctx": _no_context,
+    "_use_triton": _scores_all,
+}
+
+
 def _answer(
     call: _Call, outputs: list[Output], options: dict[str, Any], x: Tensor, w: Tensor,
     added: dict[str, Any],
@@ -246,7 +252,8 @@ def _answer(
         if options["softcap"] is None and low_rank is None and not is_dtensor(x, w):
             fused.mean = mean_logits(x, w, b) * (options["scale"] / options["temperature"])
         else:  # no product of means is the mean of these
-            y, asked = y.clamp_min(0), [*outputs, "mean_logit"]
+            asked = (*outputs, "mean_logit")
+            y = y.clamp_min(0)
     frozen = not any(t is not None and t.requires_grad for t in (w, b, *(low_rank or ())[1:]))
     known = fused.share if torch.is_grad_enabled() and not frozen else None
     if known is None or torch.compiler.is_compiling() or is_dtensor(x, w):

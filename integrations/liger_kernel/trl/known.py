@@ -17,6 +17,10 @@ from liger_core.losses import DPO, KTO
 from liger_core.losses.linear import PairShare, kto_share, token_weights
 from liger_kernel.trl.head import Fused, Share
 
+TEXT = {  # all that KTO's compute_ref_log_probs takes: no pictures
+    *("label", "input_ids", "attention_mask", "completion_mask"),
+    *("KL_input_ids", "KL_attention_mask", "KL_completion_mask"),
+}
 SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}  # by TRL; its sigmoid is not
 
 
@@ -44,6 +48,19 @@ def dpo_loss(trainer: Any) -> DPO | None:
         return None
 
 
+def kto_loss(trainer: Any) -> KTO | None:
+    """The same of a KTOTrainer."""
+    try:
+        return KTO(
+            loss_type=trainer.loss_type,
+            beta=trainer.beta,
+            desirable_weight=trainer.desirable_weight,
+            undesirable_weight=trainer.undesirable_weight,
+        )
+    except ValueError:
+        return None
+
+
 def _labels(inputs: dict[str, Any]) -> Tensor:
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     return labels[:, 1:]
@@ -52,12 +69,15 @@ def _labels(inputs: dict[str, Any]) -> Tensor:
 @contextmanager
 def _set(thing: Any, **values: Any) -> Any:
     """Attributes for the time being."""
-    before = {name: getattr(thing, name) for name in values}
-    vars(thing).update(values)
+    own = vars(thing)
+    before = {name: own[name] for name in values if name in own}
+    own.update(values)
     try:
         yield
     finally:
-        vars(thing).update(before)
+        for name in values:
+            del own[name]
+        own.update(before)
 
 
 def _reference(trainer: Any, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -85,12 +105,10 @@ def compute_kto_loss(
     trainer: Any, fused: Fused, own: Callable[..., Any], model: Any, inputs: Any, outputs: Any
 ) -> Any:
     """Replaces a KTOTrainer's `_compute_loss`, which is `own`."""
-    if not torch.is_grad_enabled():
+    ready = trainer.precompute_ref_logps or set(inputs) <= TEXT
+    loss = kto_loss(trainer) if ready and torch.is_grad_enabled() else None
+    if loss is None:
         return own(model, inputs, outputs)
-    loss = KTO(
-        loss_type=trainer.loss_type, beta=trainer.beta,
-        desirable_weight=trainer.desirable_weight, undesirable_weight=trainer.undesirable_weight,
-    )  # fmt: skip
     if not trainer.precompute_ref_logps:
         found = dict(zip(("ref_logps", "ref_KL_logps"), _reference(trainer, inputs), strict=True))
         inputs = {**inputs, **{name: t for name, t in found.items() if t is not None}}

@@ -14,7 +14,7 @@ from liger_kernel.transformers.lora import sites
 from liger_kernel.transformers.patch import Patch
 from liger_kernel.trl.arguments import LigerLossArguments, configure_loss, supported
 from liger_kernel.trl.concatenated import concatenated_forward
-from liger_kernel.trl.head import Fused, fused_of, take_over
+from liger_kernel.trl.head import KNOWS, Fused, fused_of, take_over
 from liger_kernel.trl.known import compute_dpo_loss, compute_kto_loss
 
 CONCATENATED = ("ORPO", "CPO")  # these make full logits in TRL
@@ -50,42 +50,93 @@ def _build(trainer: Any, init: Callable[..., None], *args: Any, **kwargs: Any) -
     try:
         if not on:
             return init(*args, **kwargs)
-        patches: list[Patch] = []
-        with _hooked(trainer, name, partial(_take_over, options, patches)):
-            init(*args, **kwargs)
+        ours = Attached(trainer, options)
+        try:
+            with _hooked(trainer, name, ours):
+                init(*args, **kwargs)
+            _attach(ours, name)
+        except BaseException:
+            ours.revert()
+            raise
     finally:
         options.use_liger_kernel = options.use_liger_kernel or layers
-    _attach(trainer, name, options, patches)
+    trainer._liger = ours
 
 
-def _take_over(options: Any, patches: list[Patch], model: Any) -> None:
-    fused = Fused(options.liger_memory_budget, options.liger_saved_logits_budget)
-    patches.append(take_over(model, fused))
+class Attached:
+    """What was put into one trainer and its models; `revert` takes it out.
+
+    Attributes:
+        patches: of the policy and, where there is one, of the reference model.
+    """
+
+    def __init__(self, trainer: Any, options: Any) -> None:
+        self.trainer, self.options = trainer, options
+        self.patches: list[Patch] = []
+        self._undo: list[Callable[[], object]] = []
+
+    @property
+    def fused(self) -> list[Fused]:
+        """What the heads of `patches` are told, and tell."""
+        return [fused_of(patch.model) for patch in self.patches]
+
+    def take_over(self, model: Any) -> None:
+        """Put our engine behind the fused head that TRL has just added."""
+        o = self.options
+        patch = take_over(model, Fused(o.liger_memory_budget, o.liger_saved_logits_budget))
+        self.patches.append(patch)
+        self._undo.append(patch.revert)
+
+    def add_head(self, model: Any) -> None:
+        """The same for a model to which TRL adds none."""
+        from trl.trainer.utils import add_fused_lm_head
+
+        own = vars(model)
+        before = {"forward": own["forward"]} if "forward" in own else {}
+
+        def restore() -> None:
+            del own["forward"]
+            own.update(before)
+
+        add_fused_lm_head(model)
+        self._undo.append(restore)
+        self.take_over(model)
+
+    def shadow(self, name: str, fn: Callable[..., Any], *given: Any) -> None:
+        """Replace a method of this trainer by fn(trainer, *given, ...)."""
+        if not hasattr(self.trainer, name):
+            raise RuntimeError(_gone(type(self.trainer).__name__, name))
+        setattr(self.trainer, name, partial(fn, self.trainer, *given))
+        self._undo.append(partial(delattr, self.trainer, name))
+
+    def revert(self) -> None:
+        """TRL's own again, from the next step on."""
+        while self._undo:
+            self._undo.pop()()
+        self.patches.clear()
+
+
+def _gone(where: str, name: str) -> str:
+    return f"{where} has no {name} any more; {KNOWS}"
 
 
 @contextmanager
-def _hooked(trainer: Any, name: str | None, added: Callable[[Any], None]) -> Iterator[None]:
+def _hooked(trainer: Any, name: str | None, ours: Attached) -> Iterator[None]:
     """While a trainer is built: what follows TRL's `add_fused_lm_head`, and LoRA on the head."""
     if name in CONCATENATED:
         yield
         return
-    stock = next(
-        c
-        for c in type(trainer).__mro__
-        if c.__name__ == f"{name}Trainer" and c.__module__.startswith("trl.")
-    )
+    of_trl = (c for c in type(trainer).__mro__ if c.__module__.startswith("trl."))
+    stock = next(c for c in of_trl if c.__name__ == f"{name}Trainer")
     module: Any = sys.modules[stock.__module__]
     before = {n: getattr(module, n, None) for n in ("add_fused_lm_head", "BaseTunerLayer")}
     add = before["add_fused_lm_head"]
     if add is None:
-        raise RuntimeError(
-            f"{stock.__module__} has no add_fused_lm_head any more; use_liger_loss knows TRL 1.15 "
-            f"and 1.16"
-        )
+        raise RuntimeError(_gone(stock.__module__, "add_fused_lm_head"))
 
     def add_fused_lm_head(model: Any, *args: Any, **kwargs: Any) -> None:
         add(model, *args, **kwargs)
-        added(model)
+        ours.take_over(model)
 
     module.add_fused_lm_head = add_fused_lm_head
     if before["BaseTunerLayer"] is not None:
@@ -112,91 +163,51 @@ class _UnknownAdapters(metaclass=_Adapters):
     """Stands for BaseTunerLayer."""
 
 
-class Attached:
-    """What was put into one trainer and its models; `revert` takes it out."""
-
-    def __init__(self, trainer: Any, patches: list[Patch]) -> None:
-        self.trainer, self.patches = trainer, patches
-        self._names: list[str] = []
-
-    @property
-    def fused(self) -> list[Fused]:
-        """Of the policy and, where there is one, of the reference model."""
-        return [fused_of(patch.model) for patch in self.patches]
-
-    def shadow(self, name: str, fn: Callable[..., Any], *given: Any) -> None:
-        """Replace a method of this trainer by fn(trainer, *given, ...)."""
-        if not hasattr(self.trainer, name):
-            raise RuntimeError(
-                f"{type(self.trainer).__name__} has no {name} any more; use_liger_loss knows TRL "
-                f"1.15 and 1.16"
-            )
-        setattr(self.trainer, name, partial(fn, self.trainer, *given))
-        self._names.append(name)
-
-    def revert(self) -> None:
-        """TRL's own again, from the next step on."""
-        for name in self._names:
-            delattr(self.trainer, name)
-        self._names.clear()
-        while self.patches:
-            self.patches.pop().revert()
-
-
-def _attach(trainer: Any, name: str | None, options: Any, patches: list[Patch]) -> None:
+def _attach(ours: Attached, name: str | None) -> None:
     """The rest, once TRL's own `__init__` is through."""
+    trainer = ours.trainer
     model: Any = trainer.model
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    trainer._liger = attached = Attached(trainer, patches)
     if name in CONCATENATED:
-        _add_head(trainer, base, options, patches)
-        attached.shadow("concatenated_forward", concatenated_forward, fused_of(base))
-    if not patches or patches[0].model is not base:
-        raise RuntimeError(
-            f"{type(trainer).__name__} has no fused head any more; use_liger_loss knows TRL 1.15 "
-            f"and 1.16"
-        )
-    head = base.get_output_embeddings()
-    if name in KNOWN and any(p.requires_grad for p in head.parameters()):
-        own = trainer._compute_loss if hasattr(trainer, "_compute_loss") else None
-        attached.shadow("_compute_loss", KNOWN[name], fused_of(base), own)
+        _check(trainer)
+        ours.add_head(base)
+        ours.shadow("concatenated_forward", concatenated_forward, fused_of(base))
+        if ours.options.use_liger_kernel:  # transformers' own patch, in train(): of the layers
+            off = {"fused_linear_cross_entropy": False}
+            given = ours.options.liger_kernel_config or {}
+            ours.options.liger_kernel_config = given | off
+    if not ours.patches or ours.patches[0].model is not base:
+        raise RuntimeError(_gone(type(trainer).__name__, "fused head"))
+    trained = any(p.requires_grad for p in base.get_output_embeddings().parameters())
+    if name in KNOWN and trained:
+        own = getattr(trainer, "_compute_loss", None)
+        ours.shadow("_compute_loss", KNOWN[name], fused_of(base), own)
 
 
-def _add_head(trainer: Any, base: Any, options: Any, patches: list[Patch]) -> None:
-    """A fused head for a trainer that has none."""
-    from trl.trainer.utils import add_fused_lm_head
-
+def _check(trainer: Any) -> None:
+    """What TRL checks itself where it has a fused head."""
     if trainer.is_encoder_decoder:
         raise ValueError("use_liger_loss is for decoders: this model has an encoder too")
+    if getattr(trainer.model.get_output_embeddings(), "lora_variant", None):  # DoRA and its kin
+        raise ValueError("use_liger_loss cannot fuse this model's head: its adapter is not LoRA's")
+    if trainer.model_init is not None:
+        raise ValueError("use_liger_loss needs a model: model_init makes another one in train()")
     if trainer.args.n_gpu > 1:
         raise ValueError(
             "use_liger_loss does not go with nn.DataParallel; start one process a GPU with "
             "accelerate launch, or show one GPU with CUDA_VISIBLE_DEVICES=0"
         )
-    before = vars(base).get("forward")
-    add_fused_lm_head(base)
-    _take_over(options, patches, base)
-    theirs = vars(base)["forward"]
-
-    def restore() -> None:
-        vars(base).pop("forward") if before is None else vars(base).update(forward=before)
-
-    patches[-1].undo(restore)
-    patches[-1]._undo.insert(0, patches[-1]._undo.pop())  # the last to be undone
-    del theirs
-    if options.use_liger_kernel:  # transformers' own patch, in train(): of the layers alone
-        off = {"fused_linear_cross_entropy": False}
-        options.liger_kernel_config = (options.liger_kernel_config or {}) | off
 
 
 def install() -> Callable[[], None]:
     """Have TRL's own configurations and trainers take `use_liger_loss`.
 
     Raises:
-        ImportError: TRL before 1.15, whose trainers have Liger losses of their own.
+        ImportError: a TRL without a fused head; until 1.12 its own flag is `use_liger_kernel`.
     """
     from trl.trainer.base_config import _BaseConfig
     from trl.trainer.base_trainer import _BaseTrainer
+    from trl.trainer.utils import add_fused_lm_head  # noqa: F401  what TRL has since 1.15
 
     undo = add_fields(_BaseConfig, LigerLossArguments, configure_loss)
     edits = ClassEdits()
