@@ -96,8 +96,9 @@ def compute_dpo_loss(
     if not trainer.precompute_ref_logps:
         inputs = {**inputs, **dict(zip(names, _reference(trainer, inputs), strict=True))}
     ref = torch.cat([inputs[name] for name in names]).float()
-    share = Share.of(PairShare(loss, y := _labels(inputs), y, loss.nll, ref))
-    with _set(trainer, precompute_ref_logps=True), _set(fused, share=share):
+    share = PairShare(loss, y := _labels(inputs), y, loss.nll, ref)
+    share.lengths = inputs["completion_mask"].sum(-1).clamp_min(1)  # TRL counts a first token too
+    with _set(trainer, precompute_ref_logps=True), _set(fused, share=Share.of(share)):
         return own(model, inputs, outputs)
 
 
