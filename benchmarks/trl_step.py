@@ -4,10 +4,10 @@
 
 A model of the Llama-3.2-1B shape with random bf16 weights, TRL's defaults (AdamW, gradient
 checkpointing, bf16), sequences of `--length` tokens, the last `--scored` of them the completion.
-Each case is a process of its own, in which the providers train one after another, with `--again`
-TRL once more; `--steps` steps each, of which the first three do not count and the last three are
-for the head's own figures. `--gib` limits the memory that there is. ORPO, CPO and SimPO take as
-many pairs, of `--pairs`, as TRL's own loss can train on.
+The providers train one after another, with `--again` TRL once more; `--steps` steps each, of which
+the first three do not count and the last three are for the head's own figures. `--gib` limits the
+memory that there is. ORPO, CPO and SimPO take as many pairs, of `--pairs`, as TRL's own loss can
+train on.
 
     step_ms      a whole step of `Trainer.train()`, median
     peak_gib     most memory that tensors take
@@ -21,11 +21,10 @@ import copy
 import gc
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -277,8 +276,7 @@ def fitting(case: Case, args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         except torch.cuda.OutOfMemoryError:
             break
         finally:
-            gc.collect()
-            torch.cuda.empty_cache()
+            _free()
     if best is None:
         raise SystemExit(f"not even {args.pairs[0]} pairs fit")
     return best
@@ -287,28 +285,32 @@ def fitting(case: Case, args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 def run_case(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Every provider's figures, and their ratios to TRL's own."""
     case, found = CASES[name], dict[str, Any]()
-    if torch.cuda.is_available() and args.gib:
-        whole = torch.cuda.get_device_properties(0).total_memory / GIB
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.gib / whole))
     pairs = case.pairs
     if not pairs:
         pairs, found["trl"] = fitting(case, args)
-    for provider in PROVIDERS:
+        _free()
+    for provider in args.providers.split(","):
         if provider not in found:
             found[provider] = measure(case, provider, args, pairs)
-            gc.collect()
-            torch.cuda.empty_cache()
+            _free()
     if args.again:
         found["trl, again"] = measure(case, "trl", args, pairs)
+        _free()
     keys = [k for k in ("step_ms", "peak_gib", "loss_ms", "loss_gib") if k in found["trl"]]
-    for provider in list(PROVIDERS)[1:]:
-        found[provider]["ratio"] = {k: found[provider][k] / found["trl"][k] for k in keys}
+    for row in found.values():
+        row["ratio"] = {k: row[k] / found["trl"][k] for k in keys}
     return found
+
+
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--providers", default=",".join(PROVIDERS), help="trl first")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--scored", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=12)
@@ -317,29 +319,25 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="TRL once more at the end")
     parser.add_argument("--tiny", action="store_true", help="to try the script")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--one", help="a case to run in this process")
     args = parser.parse_args()
-    if args.one:
-        warnings.simplefilter("ignore")
-        with tempfile.TemporaryDirectory() as args.folder:
-            print("RESULT", json.dumps(run_case(args.one, args)), flush=True)
-        return
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "one")}
-    report: dict[str, Any] = {"settings": settings}
-    report |= machine("cuda" if torch.cuda.is_available() else "cpu")
-    report["cases"] = {}
-    for name in args.cases.split(","):
-        command = [sys.executable, "-m", "benchmarks.trl_step", *sys.argv[1:], "--one", name]
-        process = subprocess.run(command, capture_output=True, text=True)
-        lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT ")]
-        if not lines:
-            print(name, "failed:", process.stderr[-3000:], file=sys.stderr)
-            continue
-        report["cases"][name] = found = json.loads(lines[0].removeprefix("RESULT "))
-        for provider, row in found.items():
-            print(name, provider, {k: v for k, v in row.items() if k != "all_ms"}, flush=True)
-        if args.out:
-            args.out.write_text(json.dumps(report, indent=1) + "\n")
+    warnings.simplefilter("ignore")
+    cuda = torch.cuda.is_available()
+    if cuda and torch.cuda.device_count() > 1:
+        raise SystemExit(
+            "Trainer would use nn.DataParallel: show one GPU by CUDA_VISIBLE_DEVICES=0"
+        )
+    if cuda and args.gib:
+        whole = torch.cuda.get_device_properties(0).total_memory / GIB
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.gib / whole))
+    report: dict[str, Any] = {"settings": {k: v for k, v in vars(args).items() if k != "out"}}
+    report |= machine("cuda" if cuda else "cpu") | {"trl": metadata.version("trl"), "cases": {}}
+    with tempfile.TemporaryDirectory() as args.folder:
+        for name in args.cases.split(","):
+            report["cases"][name] = found = run_case(name, args)
+            for provider, row in found.items():
+                print(name, provider, {k: v for k, v in row.items() if k != "all_ms"}, flush=True)
+            if args.out:
+                args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
