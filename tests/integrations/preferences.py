@@ -188,7 +188,10 @@ def assert_logged(got: list[dict[str, Any]], want: list[dict[str, Any]], tol: fl
         assert not (off := {k: (a[k], b[k]) for k, v in close.items() if a[k] != v}), off
 
 
-def assert_parity(plain: Run, ours: Run, tol: float = 1e-5) -> None:
+TOL = 2e-5 if torch.cuda.is_available() else 1e-5  # losses that diverge amplify the order of sums
+
+
+def assert_parity(plain: Run, ours: Run, tol: float = TOL) -> None:
     """Everything that is logged, and the gradients of every step, by the norm of each."""
     assert_logged(ours[1], plain[1])
     assert len(ours[2]) == len(plain[2]) > 0

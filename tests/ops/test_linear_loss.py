@@ -418,6 +418,7 @@ def test_autocast_errs_no_more_than_torch(name: str, dtype: torch.dtype, compile
     if compiled and DEVICE != "cuda":
         pytest.skip("on a GPU sums are fused with products, which is what compiles otherwise")
     torch.manual_seed(0)
+    torch._dynamo.reset()  # or shapes of the tests before are symbols here: 2.11 asserts at that
     case = next(c for c in CASES if c.name.startswith(name))
     inputs = {n: t.to(dtype).float() for n, t in case.make().items()}
 

@@ -190,8 +190,9 @@ def forward(
         if note is not None and note.request is not None:
             note.clear()
             raise RuntimeError(
-                f"{type(head).__name__} is more than a matrix product here (DoRA, a hook, adapters "
-                f"by row, tensor parallelism), and TRL's own head would leave that out"
+                f"{type(head).__name__} is more than a matrix product here (adapters by row or as "
+                f"FSDP1 units, hooks, DoRA, or tensor parallelism without a gradient): leave "
+                f"lm_head without adapters, or turn use_liger_loss off"
             )
         if note is not None and torch.is_grad_enabled():
             note.unfused = True
