@@ -200,6 +200,7 @@ class _LinearLoss(torch.autograd.Function):
         ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, u: Tensor | None, v: Tensor | None,
         y: Tensor, rows: Tensor | None, plan: Plan, walk: Callable[..., Any],
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        ctx.set_materialize_grads(False)
         loss, later, stats, ctx.unit = walk(plan, Head(x, w, b, u, v), y, rows)
         ctx.save_for_backward(x, w, b, u, v, y, rows, later)
         ctx.plan, ctx.walk = plan, walk
@@ -208,7 +209,9 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if dloss is None:  # not 0 times gradients that may be NaN
+            return (None,) * 9
         *tensors, y, rows, later = ctx.saved_tensors
         head = Head(*tensors)
         grads, ctx.unit = ctx.unit or ctx.walk(ctx.plan, head, y, rows)[3], None

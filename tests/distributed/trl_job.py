@@ -84,9 +84,7 @@ CASES = {
     ),
     "DPO, mistaken": Case("DPO", mistaken=True),
     "DPO, LoRA": Case("DPO", lora=LORA),
-    "DPO, LoRA on the head": Case(
-        "DPO", tied=False, lora=LORA_HEAD, engines=("fsdp2", "zero3")
-    ),
+    "DPO, LoRA on the head": Case("DPO", tied=False, lora=LORA_HEAD, engines=("fsdp2", "zero3")),
     "DPO, checkpointed": Case("DPO", dict(gradient_checkpointing=True), slow=True),
     "DPO, evaluated": Case("DPO", dict(eval_strategy="steps", eval_steps=2), slow=True),
     "KTO": Case("KTO", UNEVEN),

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import AutoModelForSeq2SeqLM, HfArgumentParser, T5Config
 import families
 import liger_kernel
 from liger_core.losses import DPO, KTO, ORPO
+from liger_core.losses.linear import PairShare
 from liger_kernel.transformers import apply, patch_of
 from liger_kernel.transformers.sample import sample_batch
 from liger_kernel.trl import LigerLoss, LigerLossArguments, concatenated, head, known
@@ -397,3 +399,174 @@ def test_a_head_that_comes_later(name: str, tmp_path: Path) -> None:
             trainer_of(name, ours=True)[0], Late, tmp_path, pairs(),
             given=needed(name, build()), use_liger_loss=True,
         )  # fmt: skip
+
+
+def wrapped(cls: type) -> type:
+    """Somebody's trainer, which passes on whatever it is given."""
+
+    class Passing(cls):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    return Passing
+
+
+def test_a_trainer_in_between(tmp_path: Path) -> None:
+    class Mine(LigerLoss, wrapped(trl.DPOTrainer)):
+        def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+            return self._compute_loss(model, inputs, return_outputs=False)
+
+    given = needed("DPO", build())
+    ours = run(OwnConfig, Mine, tmp_path, pairs(), given=given, use_liger_loss=True)
+    assert foreseen(ours) == 3
+
+
+def test_a_trainer_that_makes_its_own_arguments(tmp_path: Path) -> None:
+    class Making(trl.DPOTrainer):
+        def __init__(self, model: Any, **kwargs: Any) -> None:
+            args = OwnConfig(
+                output_dir=str(tmp_path), use_liger_loss=True, use_cpu=True, bf16=False
+            )
+            super().__init__(model, args=args, **kwargs)
+
+    class Mine(LigerLoss, Making):
+        def __init__(self, model: Any, args: Any, **kwargs: Any) -> None:
+            super().__init__(model, **kwargs)
+
+    with pytest.raises(ValueError, match="makes its own arguments"):
+        run(trl.DPOConfig, Mine, tmp_path, pairs(), given=needed("DPO", build()))
+
+
+def more_of(cls: type) -> type:
+    """A trainer whose loss has a term of the entropy, and another call of the model."""
+
+    class More(cls):
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+            ids = inputs["input_ids"][:2]
+            out = model(input_ids=ids, labels=ids, fused_lm_head=True)
+            again = super()._compute_loss(model, inputs, return_outputs)
+            return again + out.log_probs.mean() + 0.1 * out.entropy.mean()
+
+    return More
+
+
+@pytest.mark.parametrize("name", ["DPO", "KTO"])
+def test_a_loss_of_ones_own(name: str, tmp_path: Path) -> None:
+    plain, ours = (
+        run(
+            trainer_of(name, liger)[0], more_of(trainer_of(name, liger)[1]), tmp_path,
+            data_of(name), given=needed(name, build()), learning_rate=0.01,
+            **({"use_liger_loss": True} if liger else {}),
+        )
+        for liger in (False, True)
+    )  # fmt: skip
+    assert_parity(plain, ours)
+    assert foreseen(ours) == 0
+
+
+def test_a_concatenated_forward_of_ones_own_is_not_passed_by(tmp_path: Path) -> None:
+    config, trainer = trainer_of("ORPO", ours=True)
+
+    class Mine(trainer):
+        def concatenated_forward(self, *args: Any) -> Any:
+            return super().concatenated_forward(*args)
+
+    with pytest.raises(ValueError, match="concatenated_forward of Mine"):
+        run(config, Mine, tmp_path, pairs(), use_liger_loss=True)
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_trl_makes_of_these_trainers_for_logits() -> None:
+    from trl.experimental.gkd import GKDConfig
+
+    with pytest.raises(ValueError, match="GKDConfig has no liger loss"):
+        GKDConfig(**HERE, use_liger_loss=True)  # pyright: ignore
+
+
+@pytest.mark.parametrize("name", ["DPO", "ORPO"])
+def test_revert_within_autocast(name: str, tmp_path: Path) -> None:
+    """accelerate's autocast, which is around the forward, stays there."""
+    config, trainer = trainer_of(name, ours=True)
+    given = needed(name, build())
+    it = run(config, trainer, tmp_path, data_of(name), given=given, use_liger_loss=True, bf16=True)[
+        0
+    ]
+    around = vars(it.model)["forward"]
+    it._liger.revert()
+    assert vars(it.model)["forward"] is around
+    it.train()
+
+
+def headed() -> tuple[Any, head.Fused]:
+    from trl.trainer.utils import add_fused_lm_head
+
+    model, fused = build(), head.Fused()
+    add_fused_lm_head(model)
+    head.take_over(model, fused)
+    return model, fused
+
+
+IDS = torch.arange(18).view(2, 9) + 3
+
+
+def test_an_error_before_the_head_leaves_nothing() -> None:
+    model, _ = headed()
+    want = model(IDS).logits
+
+    def fail(*_: Any) -> None:
+        raise KeyError
+
+    hook = model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError):
+        model(IDS, labels=IDS, fused_lm_head=True)
+    hook.remove()
+    assert torch.equal(model(IDS).logits, want)
+
+
+def test_gradients_are_computed_again_as_forward_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its autocast; and what was foreseen, NaN here, is not even multiplied by 0."""
+    model, fused = headed()
+    share = PairShare(DPO(beta=9.0), IDS[:, 1:], IDS[:, 1:], 0.0, torch.zeros(2))
+    dtypes, again = list[Any](), head.linear_logprob
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        dtypes.append(torch.get_autocast_dtype("cpu"))
+        return again(*args, **kwargs)
+
+    monkeypatch.setattr(head, "linear_logprob", spy)
+    fused.share = head.Share.of(share)
+    with torch.autocast("cpu", torch.float16):
+        logp = model(IDS, labels=IDS, fused_lm_head=True).log_probs
+    logp.square().sum().backward()
+    assert dtypes == [torch.float16]
+    model.zero_grad()
+    fused.share = head.Share(lambda tokens, _: (tokens.logp * torch.inf).sum(), "batch")
+    model(IDS, labels=IDS, fused_lm_head=True).log_probs.sum().backward()
+    assert fused.mistaken == 2
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_threads_do_not_take_each_others_labels() -> None:
+    models, others = [headed()[0] for _ in range(2)], list[bool]()
+    labels = [IDS, IDS.where(torch.arange(9) > 5, -100)]
+    before = sys.getswitchinterval()
+
+    @torch.no_grad()
+    def score(i: int) -> Any:
+        return models[i](IDS, labels=labels[i], fused_lm_head=True).log_probs
+
+    want = [score(i) for i in range(2)]
+
+    def work(i: int) -> None:
+        others.extend(not torch.allclose(score(i), want[i]) for _ in range(50))
+
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert len(others) == 100 and not any(others)

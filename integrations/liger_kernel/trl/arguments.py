@@ -17,6 +17,9 @@ class LigerLossArguments(LigerArguments):
         @dataclass
         class MyConfig(LigerLossArguments, trl.DPOConfig): ...
 
+    It is for the trainers of `liger_kernel.trl`, or any after `liger_kernel.install("trl")`.
+    Without either, TRL's own do not know the flag and train by their own loss.
+
     Raises:
         ValueError: `use_liger_loss` for a trainer that has no such loss, or that is neither True
             nor False; budgets that are no positive numbers of bytes, or without `use_liger_loss`;
@@ -87,10 +90,10 @@ NAMES = ("DPO", "KTO", "ORPO", "CPO", "SFT", "GRPO", "RLOO")
 
 
 def supported(cls: type) -> str | None:
-    """Which of NAMES a configuration's or trainer's class of TRL's, or one made from it, is of."""
-    for base in cls.__mro__:
-        if base.__module__.startswith("trl."):
-            for name in NAMES:
-                if base.__name__ in (f"{name}Config", f"{name}Trainer"):
-                    return name
-    return None
+    """Which of NAMES a configuration's or trainer's class of TRL's, or one made from it, is of.
+
+    None for what TRL itself makes from these, such as GKD, whose losses are of full logits.
+    """
+    theirs = next((c.__name__ for c in cls.__mro__ if c.__module__.startswith("trl.")), "")
+    name = theirs.removesuffix("Config").removesuffix("Trainer")
+    return name if name in NAMES else None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from liger_core.losses import CPO, ORPO, SimPO
 from liger_core.losses.linear import PairShare
-from liger_kernel.trl.head import Fused, Share
+from liger_kernel.trl.head import Fused, Share, for_now
 
 
 def _loss(trainer: Any, orpo: bool) -> ORPO | CPO | SimPO | None:
@@ -32,10 +32,9 @@ def _loss(trainer: Any, orpo: bool) -> ORPO | CPO | SimPO | None:
 
 
 def concatenated_forward(
-    trainer: Any, fused: Fused, model: nn.Module, batch: dict[str, Any]
+    trainer: Any, fused: Fused, orpo: bool, model: nn.Module, batch: dict[str, Any]
 ) -> tuple[Any, ...]:
     """Replaces that of an ORPOTrainer or a CPOTrainer; in place of logits, (P,) means of them."""
-    orpo = not hasattr(trainer, "cpo_alpha")
     both = trainer.concatenated_inputs(
         batch,
         is_encoder_decoder=False,
@@ -53,14 +52,12 @@ def concatenated_forward(
     y, nll_y = (t[:, 1:] if orpo else _shifted(t) for t in (y, nll_y))
     if trainer.aux_loss_enabled:
         given["output_router_logits"] = True
+    share = None
     if loss is not None:
-        fused.share = Share.of(PairShare(loss, y, nll_y, loss.nll, None))
-    fused.positions, fused.mean = True, None
-    try:
+        share = Share.of(PairShare(loss, y, nll_y, loss.nll, None))
+    with for_now(fused, share=share, positions=True, mean=None):
         out: Any = model(ids, attention_mask=mask, use_cache=False, fused_lm_head=True, **given)
         mean: Any = fused.mean
-    finally:
-        fused.share, fused.positions, fused.mean = None, False, None
     logps = (out.log_probs * (y != -100)).sum(-1)
     if averaged:
         logps = logps / (y != -100).sum(-1)

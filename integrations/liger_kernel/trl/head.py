@@ -17,9 +17,10 @@ one that counts, and where it is not the one that was foreseen, ours is computed
 
 import functools
 import sys
+import threading
 import types
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -84,6 +85,20 @@ class Fused:
     mistaken: int = 0  # and those where they were not the ones foreseen
 
 
+@contextmanager
+def for_now(thing: Any, **values: Any) -> Iterator[None]:
+    """Attributes for the time being."""
+    own = vars(thing)
+    before = {name: own[name] for name in values if name in own}
+    own.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del own[name]
+        own.update(before)
+
+
 class _Call(NamedTuple):
     fused: Fused
     head: nn.Module
@@ -91,7 +106,14 @@ class _Call(NamedTuple):
     scan: LabelScan | None
 
 
-_calls: list[_Call] = []
+class _Calls(threading.local):
+    """Those that a thread is in."""
+
+    def __init__(self) -> None:
+        self.stack: list[_Call] = []
+
+
+_calls = _Calls()
 
 
 def fused_of(model: nn.Module) -> Fused:
@@ -127,7 +149,7 @@ def take_over(model: nn.Module, fused: Fused) -> Patch:
         patch.revert()
         raise ValueError(f"use_liger_loss cannot fuse this model's head: {why}")
     patch.set(model, "_liger_fused", fused)
-    patch.set(model, "forward", types.MethodType(_forward(_copy(fn), type(model)), model))
+    patch.set(model, "forward", types.MethodType(_forward(_copy(fn), fn, type(model)), model))
     return patch
 
 
@@ -160,29 +182,33 @@ def _scores_all(_: object) -> bool:
     return False
 
 
-def _forward(theirs: types.FunctionType, cls: type[nn.Module]) -> Any:
+def _forward(theirs: types.FunctionType, stock: types.FunctionType, cls: type[nn.Module]) -> Any:
+    """TRL's forward over our globals; or its own, `stock`, once the patch is reverted: accelerate
+    keeps this one within its autocast."""
+
     @functools.wraps(cls.forward)  # generate() and Trainer look at the signature
     def forward(
         self: Any, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None,
         shift_labels: Tensor | None = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
         given = dict(labels=labels, shift_labels=shift_labels, **kwargs)
-        if not fused_lm_head:
-            return theirs(self, *args, **given)
+        fused: Fused | None = vars(self).get("_liger_fused")
+        if fused is None or not fused_lm_head:
+            return stock(self, *args, fused_lm_head=fused_lm_head, **given)
         y = shift_labels if labels is None or shift_labels is not None else labels[:, 1:]
         if y is None:
             raise ValueError("fused_lm_head=True needs labels or shift_labels")
-        fused, scan, head = vars(self)["_liger_fused"], None, self.get_output_embeddings()
+        scan, head = None, self.get_output_embeddings()
         y = y.to(head.weight.device)
         if not torch.compiler.is_compiling():
             if torch.is_grad_enabled():
                 together.watch()
             scan = None if fused.positions else LabelScan(y, _classes(head))
-        _calls.append(_Call(fused, head, y, scan))
+        _calls.stack.append(_Call(fused, head, y, scan))
         try:
             return theirs(self, *args, fused_lm_head=True, **given)
         finally:
-            _calls.pop()
+            _calls.stack.pop()
 
     return forward
 
@@ -201,7 +227,7 @@ class _LogProbs:
         chunk_size: int, softcap: float | None = None, logit_scale: float = 1.0,
         outputs: Sequence[str] = (),
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        call = _calls[-1]
+        call = _calls.stack[-1]
         x = hidden.view(*call.y.shape, hidden.shape[-1])
         options = dict(
             temperature=temperature, softcap=softcap, scale=logit_scale, labels=call.scan,
@@ -211,7 +237,10 @@ class _LogProbs:
         answer = partial(_answer, call, [OUTPUTS[name] for name in wanted], options)
         if (found := noted(call.head)) is not None:
             found[1].request = answer
-            logp, *rest = call.head(x)
+            try:
+                logp, *rest = call.head(x)
+            finally:
+                found[1].request = None  # what lm_head raises before it answers would leave it
         elif _cast_by_trl(call.head):
             w: Any = call.head.weight
             w = w.full_tensor() if is_dtensor(w) else w
@@ -242,11 +271,11 @@ def _answer(
     added: dict[str, Any],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """What lm_head returns: log-probabilities and the outputs, in their order."""
-    fused, y, b = call.fused, call.y.to(x.device), added.pop("b")
+    fused, y, b = call.fused, call.y.to(x.device), added["b"]
     low_rank = added.get("low_rank")
+    options = {**options, "low_rank": low_rank}
     if not torch.is_autocast_enabled(x.device.type):
         w, b = w.to(x.dtype), None if b is None else b.to(x.dtype)
-    options |= added
     asked: Sequence[Output] = outputs
     if fused.positions:
         if options["softcap"] is None and low_rank is None and not is_dtensor(x, w):
@@ -282,7 +311,9 @@ def _foreseen(
         logp = stats.logp.detach().requires_grad_()
         value = share.loss_fn(stats._replace(logp=logp), lambda t: t)
         (slope,) = torch.autograd.grad(value, logp)
-    again = _Again(fused, y, options, torch.is_autocast_enabled(x.device.type))
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    again = _Again(fused, y, options, autocast)
     low_rank = options.get("low_rank") or (None, None)
     return stats._replace(
         logp=_Foreseen.apply(loss, stats.logp, slope, again, x, w, b, *low_rank)  # pyright: ignore
@@ -295,7 +326,7 @@ class _Again(NamedTuple):
     fused: Fused
     y: Tensor
     options: dict[str, Any]
-    autocast: bool
+    autocast: torch.dtype | None  # backward runs outside of the forward's autocast
 
     def __call__(
         self, tensors: Sequence[Tensor | None], need: Sequence[bool], g: Tensor
@@ -308,8 +339,8 @@ class _Again(NamedTuple):
         assert x is not None and w is not None
         device = x.device.type
         options = {**self.options, "low_rank": None if u is None else (u, v)}
-        dtype = torch.get_autocast_dtype(device)
-        with torch.enable_grad(), torch.autocast(device, dtype, enabled=self.autocast):
+        enabled = self.autocast is not None
+        with torch.enable_grad(), torch.autocast(device, self.autocast, enabled=enabled):
             logp = linear_logprob(x, w, self.y, b, **options)
         found = iter(
             torch.autograd.grad(logp, [t for t in leaves if t is not None and t.requires_grad], g)

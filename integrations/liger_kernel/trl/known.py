@@ -7,7 +7,6 @@ one product.
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from liger_core.losses import DPO, KTO
 from liger_core.losses.linear import PairShare, kto_share, token_weights
-from liger_kernel.trl.head import Fused, Share
+from liger_kernel.trl.head import Fused, Share, for_now
 
 TEXT = {  # all that KTO's compute_ref_log_probs takes: no pictures
     *("label", "input_ids", "attention_mask", "completion_mask"),
@@ -66,50 +65,38 @@ def _labels(inputs: dict[str, Any]) -> Tensor:
     return labels[:, 1:]
 
 
-@contextmanager
-def _set(thing: Any, **values: Any) -> Any:
-    """Attributes for the time being."""
-    own = vars(thing)
-    before = {name: own[name] for name in values if name in own}
-    own.update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            del own[name]
-        own.update(before)
-
-
 def _reference(trainer: Any, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
     model = trainer.model if trainer.ref_model is None else trainer.ref_model
     return trainer.compute_ref_log_probs(model, inputs)
 
 
 def compute_dpo_loss(
-    trainer: Any, fused: Fused, own: Callable[..., Any], model: Any, inputs: Any, outputs: Any
-) -> Any:
+    trainer: Any, fused: Fused, own: Callable[..., Any], model: Any, inputs: Any,
+    return_outputs: bool,
+) -> Any:  # fmt: skip
     """Replaces a DPOTrainer's `_compute_loss`, which is `own`."""
     loss = dpo_loss(trainer) if torch.is_grad_enabled() else None
     if loss is None:
-        return own(model, inputs, outputs)
+        return own(model, inputs, return_outputs)
     names = ("ref_chosen_logps", "ref_rejected_logps")
     if not trainer.precompute_ref_logps:
         inputs = {**inputs, **dict(zip(names, _reference(trainer, inputs), strict=True))}
     ref = torch.cat([inputs[name] for name in names]).float()
     share = PairShare(loss, y := _labels(inputs), y, loss.nll, ref)
     share.lengths = inputs["completion_mask"].sum(-1).clamp_min(1)  # TRL counts a first token too
-    with _set(trainer, precompute_ref_logps=True), _set(fused, share=Share.of(share)):
-        return own(model, inputs, outputs)
+    with for_now(trainer, precompute_ref_logps=True), for_now(fused, share=Share.of(share)):
+        return own(model, inputs, return_outputs)
 
 
 def compute_kto_loss(
-    trainer: Any, fused: Fused, own: Callable[..., Any], model: Any, inputs: Any, outputs: Any
-) -> Any:
+    trainer: Any, fused: Fused, own: Callable[..., Any], model: Any, inputs: Any,
+    return_outputs: bool,
+) -> Any:  # fmt: skip
     """Replaces a KTOTrainer's `_compute_loss`, which is `own`."""
     ready = trainer.precompute_ref_logps or set(inputs) <= TEXT
     loss = kto_loss(trainer) if ready and torch.is_grad_enabled() else None
     if loss is None:
-        return own(model, inputs, outputs)
+        return own(model, inputs, return_outputs)
     if not trainer.precompute_ref_logps:
         found = dict(zip(("ref_logps", "ref_KL_logps"), _reference(trainer, inputs), strict=True))
         inputs = {**inputs, **{name: t for name, t in found.items() if t is not None}}
@@ -130,8 +117,8 @@ def compute_kto_loss(
         return kto_share(loss, weights, desirable, ref, kl)(tokens, take)
 
     with (
-        _set(trainer, precompute_ref_logps=True),
-        _set(fused, share=Share(share, "sequence")),
-        _set(trainer, _compute_kl_logps=compute_kl_logps),
+        for_now(trainer, precompute_ref_logps=True),
+        for_now(fused, share=Share(share, "sequence")),
+        for_now(trainer, _compute_kl_logps=compute_kl_logps),
     ):
-        return own(model, inputs, outputs)
+        return own(model, inputs, return_outputs)

@@ -1,7 +1,6 @@
 """TRL's trainers with `use_liger_loss`: what is put into one of them, and how it comes out."""
 
 import functools
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,9 +37,16 @@ class LigerLoss:
 
 def _build(trainer: Any, init: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Call TRL's own `init` of this trainer, and make the loss ours where its arguments say so."""
-    options = inspect.signature(init).bind_partial(*args, **kwargs).arguments.get("args")
-    if options is None or not hasattr(options, "use_liger_loss"):
-        return init(*args, **kwargs)
+    given = (*args, *kwargs.values())  # a subclass's own `init` names them as it likes
+    options: Any = next((it for it in given if hasattr(it, "use_liger_loss")), None)
+    if options is None:
+        init(*args, **kwargs)
+        if getattr(trainer.args, "use_liger_loss", False) and not disabled():
+            raise ValueError(
+                f"{type(trainer).__name__} makes its own arguments: use_liger_loss has to be in "
+                f"those that it is given"
+            )
+        return
     on, layers = options.use_liger_loss and not disabled(), getattr(options, "use_liger", False)
     name = supported(type(trainer))
     if on and name is None:
@@ -95,10 +101,13 @@ class Attached:
         before = {"forward": own["forward"]} if "forward" in own else {}
 
         def restore() -> None:
+            if own["forward"] is not added:
+                return  # it is within accelerate's autocast, and does nothing when not asked
             del own["forward"]
             own.update(before)
 
         add_fused_lm_head(model)
+        added = own["forward"]
         self._undo.append(restore)
         self.take_over(model)
 
@@ -127,7 +136,7 @@ def _hooked(trainer: Any, name: str | None, ours: Attached) -> Iterator[None]:
         yield
         return
     of_trl = (c for c in type(trainer).__mro__ if c.__module__.startswith("trl."))
-    stock = next(c for c in of_trl if c.__name__ == f"{name}Trainer")
+    *_, stock = (c for c in of_trl if c.__name__ == f"{name}Trainer")  # some are made from it
     module: Any = sys.modules[stock.__module__]
     before = {n: getattr(module, n, None) for n in ("add_fused_lm_head", "BaseTunerLayer")}
     add = before["add_fused_lm_head"]
@@ -171,7 +180,8 @@ def _attach(ours: Attached, name: str | None) -> None:
     if name in CONCATENATED:
         _check(trainer)
         ours.add_head(base)
-        ours.shadow("concatenated_forward", concatenated_forward, fused_of(base))
+        fused = fused_of(base)
+        ours.shadow("concatenated_forward", concatenated_forward, fused, name == "ORPO")
         if ours.options.use_liger_kernel:  # transformers' own patch, in train(): of the layers
             off = {"fused_linear_cross_entropy": False}
             given = ours.options.liger_kernel_config or {}
@@ -179,13 +189,24 @@ def _attach(ours: Attached, name: str | None) -> None:
     if not ours.patches or ours.patches[0].model is not base:
         raise RuntimeError(_gone(type(trainer).__name__, "fused head"))
     trained = any(p.requires_grad for p in base.get_output_embeddings().parameters())
-    if name in KNOWN and trained:
+    if name in KNOWN and trained and not _overridden(trainer, "_compute_loss"):
         own = getattr(trainer, "_compute_loss", None)
         ours.shadow("_compute_loss", KNOWN[name], fused_of(base), own)
 
 
+def _overridden(trainer: Any, name: str) -> bool:
+    """Whether a method is not TRL's but a subclass's, which may make anything of the outputs."""
+    of = next((c for c in type(trainer).__mro__ if name in vars(c)), None)
+    return of is not None and not of.__module__.startswith("trl.")
+
+
 def _check(trainer: Any) -> None:
-    """What TRL checks itself where it has a fused head."""
+    """Refuse what ORPO and CPO would lose; TRL itself does for the trainers with a fused head."""
+    if _overridden(trainer, "concatenated_forward"):
+        raise ValueError(
+            f"use_liger_loss would pass by the concatenated_forward of {type(trainer).__name__}; "
+            f"leave one of them out"
+        )
     if trainer.is_encoder_decoder:
         raise ValueError("use_liger_loss is for decoders: this model has an encoder too")
     if getattr(trainer.model.get_output_embeddings(), "lora_variant", None):  # DoRA and its kin
