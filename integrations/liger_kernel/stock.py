@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 REGISTRY = {  # framework: the module whose `install()` changes its classes and returns the way back
+    "trl": "liger_kernel.trl.trainers",  # first: its classes are to be there before transformers'
     "transformers": "liger_kernel.transformers.training_args",
     "accelerate": "liger_kernel.accelerate.plugin",
-    "trl": "liger_kernel.trl.trainers",
 }
 _installed: dict[str, Callable[[], None]] = {}
 
@@ -43,9 +43,15 @@ def uninstall(*frameworks: str) -> None:
     Raises:
         ValueError: a name that is not known.
     """
-    for name in _checked(frameworks) or list(_installed):
-        if (revert := _installed.pop(name, None)) is not None:
-            revert()
+    gone = _installed.keys() & set(_checked(frameworks) or _installed)
+    above: list[str] = []  # what was put over those, and is put back
+    while gone & _installed.keys():
+        name, revert = _installed.popitem()
+        revert()
+        if name not in gone:
+            above.append(name)
+    if above:
+        install(*reversed(above))
 
 
 def _checked(frameworks: tuple[str, ...]) -> tuple[str, ...]:

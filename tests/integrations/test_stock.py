@@ -122,3 +122,19 @@ def test_names() -> None:
     assert stock._installed.keys() == {"transformers", "accelerate", "trl"}
     liger_kernel.uninstall()
     assert not stock._installed
+
+
+def test_in_any_order_nothing_is_left() -> None:
+    pytest.importorskip("trl")
+    from trl.trainer.dpo_config import DPOConfig
+
+    classes = (transformers.TrainingArguments, DPOConfig, DPOConfig.__mro__[1])
+    before = [dict(vars(cls)) for cls in classes]
+    for order in (("transformers", "trl"), ("trl", "transformers")):
+        liger_kernel.install(*order)
+        liger_kernel.uninstall(order[0])
+        known = order[1] == "trl"
+        assert hasattr(DPOConfig, "use_liger_loss") == known
+        assert hasattr(DPOConfig, "use_liger") != known
+        liger_kernel.uninstall()
+        assert [dict(vars(cls)) for cls in classes] == before
