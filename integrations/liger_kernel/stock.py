@@ -14,6 +14,10 @@ REGISTRY = {  # framework: the module whose `install()` changes its classes and 
 _installed: dict[str, Callable[[], None]] = {}
 
 
+class Unsupported(ImportError):
+    """A framework that is there, in a version that has nothing to take our options."""
+
+
 def install(*frameworks: str) -> None:
     """Have the stock classes of these frameworks, or of all that are there, know this project.
 
@@ -24,15 +28,15 @@ def install(*frameworks: str) -> None:
 
     Raises:
         ValueError: a name that is not known.
-        ImportError: a framework that was named and is not installed, or not in a version that has
-            what is changed.
+        ImportError: a framework that was named and is not installed, or cannot be imported;
+            `Unsupported`, of its version, where it was named.
     """
     for name in _checked(frameworks) or filter(importlib.util.find_spec, REGISTRY):
         if name in _installed:
             continue
         try:
             _installed[name] = importlib.import_module(REGISTRY[name]).install()
-        except ImportError:
+        except Unsupported:
             if frameworks:
                 raise
 

@@ -138,3 +138,20 @@ def test_in_any_order_nothing_is_left() -> None:
         assert hasattr(DPOConfig, "use_liger") != known
         liger_kernel.uninstall()
         assert [dict(vars(cls)) for cls in classes] == before
+
+
+def test_a_trl_without_a_fused_head_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    utils = pytest.importorskip("trl.trainer.utils")
+    monkeypatch.delattr(utils, "add_fused_lm_head")
+    with pytest.raises(ImportError, match="has no fused head; use_liger_loss knows TRL"):
+        liger_kernel.install("trl")
+    liger_kernel.install()
+    assert stock._installed.keys() == {"transformers", "accelerate"}
+    liger_kernel.uninstall()
+
+
+def test_a_framework_that_is_broken_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(stock.REGISTRY, "transformers", "liger_kernel.not_there")
+    with pytest.raises(ImportError, match="not_there"):
+        liger_kernel.install()
+    liger_kernel.uninstall()

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from liger_kernel.config import disabled
-from liger_kernel.stock import ClassEdits, add_fields
+from liger_kernel.stock import ClassEdits, Unsupported, add_fields
 from liger_kernel.transformers.lora import sites
 from liger_kernel.transformers.patch import Patch
 from liger_kernel.trl.arguments import LigerLossArguments, configure_loss, supported
@@ -224,11 +224,14 @@ def install() -> Callable[[], None]:
     """Have TRL's own configurations and trainers take `use_liger_loss`.
 
     Raises:
-        ImportError: a TRL without a fused head; until 1.12 its own flag is `use_liger_kernel`.
+        Unsupported: a TRL without a fused head; until 1.12 its own flag is `use_liger_kernel`.
     """
+    import trl.trainer.utils
+
+    if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
+        raise Unsupported(f"trl {trl.__version__} has no fused head; {KNOWS}")
     from trl.trainer.base_config import _BaseConfig
     from trl.trainer.base_trainer import _BaseTrainer
-    from trl.trainer.utils import add_fused_lm_head  # noqa: F401  what TRL has since 1.15
 
     undo = add_fields(_BaseConfig, LigerLossArguments, configure_loss)
     edits = ClassEdits()
